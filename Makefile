@@ -1,0 +1,62 @@
+# The two commands: `make reproduce-vldb` and `make test`. Each sets up what it needs by itself.
+
+PYTHON  ?= python3
+PROFILE ?= standard
+RESULTS ?= results/$(PROFILE)
+REPORT  ?= report
+VENV    := .venv
+BIN     := $(VENV)/bin
+READY   := $(VENV)/.ready
+
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup reproduce-vldb report test test-all bench lint format clean
+
+help:
+	@echo 'make reproduce-vldb           train, check, measure and write report/index.html (PROFILE=quick: minutes)'
+	@echo 'make test                     the quick tests       make test-all   also the slow ones'
+	@echo 'make lint | format | bench    ruff and mypy | ruff format | microbenchmarks'
+
+setup: $(READY)
+
+# torch comes first and by itself: the packages that are built here (fairscale) look at it, and
+# pip's build isolation would fetch another one for each of them.
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo 'making $(VENV)'; $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo 'Python 3.11 or newer is needed: make PYTHON=python3.11 (after rm -r $(VENV))'; exit 1; }
+	@echo 'installing torch'
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy setuptools wheel ninja
+	@echo 'installing the suite, the baselines, W&B and the development tools'
+	@DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation \
+	    -c constraints.txt -e '.[baselines,wandb,dev]'
+	@$(BIN)/python -m suite.impls.deepspeed_build
+	@touch $(READY)
+
+reproduce-vldb: setup
+	@$(BIN)/suite sweep configs/sweeps/reproduce_$(PROFILE).yaml --out $(RESULTS)
+	@$(BIN)/suite report $(RESULTS) --out $(REPORT)
+
+report: setup
+	@$(BIN)/suite report $(RESULTS) --out $(REPORT)
+
+test: setup
+	@$(BIN)/python -m pytest -m 'not slow'
+
+test-all: setup
+	@$(BIN)/python -m pytest
+
+bench: setup
+	@$(BIN)/python -m pytest tests/bench --benchmark-enable --benchmark-only
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: setup
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) report results build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

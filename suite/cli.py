@@ -1,0 +1,200 @@
+"""The `suite` command: parses, calls the rooms, prints. Logs and progress go to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from suite.config import Config, load
+from suite.errors import RankError, SuiteError, UsageError
+from suite.records import AnyRecord, CheckRecord, append, read, to_json
+
+OUT = Path("results")
+
+stderr = Console(stderr=True)
+stdout = Console()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 (a check is not ok, a cell failed), 2 (wrong input), 3 (a rank
+    failed), 130 (interrupted)."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return parsed.action(parsed)
+    except SuiteError as error:
+        if isinstance(error, RankError) and error.details:
+            stderr.print(error.details, markup=False, highlight=False)
+        stderr.print(f"suite: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return error.exit_status
+    except KeyboardInterrupt:
+        stderr.print("suite: interrupted; finished results are kept", style="red")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="suite", description=__import__("suite").__doc__)
+    actions = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, action: object, help: str) -> argparse.ArgumentParser:
+        command = actions.add_parser(name, help=help, description=help)
+        command.set_defaults(action=action)
+        return command
+
+    for name, action, help in (
+        ("run", _run, "measure one implementation"),
+        ("check", _check, "hold one implementation against single-process reference gradients"),
+    ):
+        command = add(name, action, help)
+        command.add_argument("options", nargs="*", metavar="KEY=VALUE", help="e.g. impl=ddp train.steps=3")
+        command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    sweep = add("sweep", _sweep, "run a grid of configurations; finished cells are not run again")
+    sweep.add_argument("file", type=Path)
+    sweep.add_argument("options", nargs="*", metavar="KEY=VALUE", help="wins over the file")
+    sweep.add_argument("--out", type=Path, default=OUT)
+    report = add("report", _report, "write the report of result folders")
+    report.add_argument("results", nargs="+", type=Path)
+    report.add_argument("--out", type=Path, default=Path("report"))
+    add("doctor", _doctor, "what this host can run, and why not")
+    return parser
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    from suite.harness.measure import Failure, measure
+    from suite.reports.build import terminal_table
+
+    config = load(parsed.options)
+    with stderr.status("starting") as status:
+        (result,) = measure([config], lambda text: status.update(text))
+    if isinstance(result, Failure):
+        raise result.error
+    _keep(config, result)
+    if parsed.json:
+        print(to_json(result))
+    else:
+        stdout.print(terminal_table([result]))
+    return 0
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    from suite.harness.check import check
+    from suite.reports.build import terminal_table
+
+    config = load(parsed.options)
+    with stderr.status(f"checking {config.impl.name} against plain torch"):
+        result = check(config)
+    _keep(config, result)
+    if parsed.json:
+        print(to_json(result))
+    else:
+        stdout.print(terminal_table([result]))
+    return 0 if result.ok else 1
+
+
+def _keep(config: Config, record: AnyRecord) -> None:
+    """Adds the record to `out` and logs it to W&B, when an output folder is named."""
+    if config.out is not None:
+        folder = Path(config.out)
+        append(folder / "records.jsonl", record)
+        _log_to_wandb(folder, config)
+
+
+def _sweep(parsed: argparse.Namespace) -> int:
+    from suite.harness.sweep import read_sweep, run_sweep
+    from suite.reports.build import terminal_table
+
+    overrides = _overrides(parsed.options)
+    cohorts = read_sweep(parsed.file, overrides)
+    with _progress_bar() as observe:
+        outcome = run_sweep(cohorts, parsed.out, observe)
+    _log_to_wandb(parsed.out, cohorts[0].cells[0])
+    stdout.print(terminal_table(read(parsed.out / "records.jsonl")))
+    stderr.print(
+        f"{len(outcome.finished)} cells run, {outcome.skipped} were finished before, "
+        f"{len(outcome.failures)} failed; results in {parsed.out}"
+    )
+    for failure in outcome.failures:
+        stderr.print(f"failed: {failure.config.impl.name}: {failure.error}", style="red", markup=False)
+    wrong = [item for item in outcome.finished if isinstance(item, CheckRecord) and not item.ok]
+    for item in wrong:
+        stderr.print(f"not ok: {item.impl} ({item.workload}, {item.precision})", style="red")
+    return 1 if outcome.failures or wrong else 0
+
+
+def _overrides(words: Sequence[str]) -> dict[str, object]:
+    for word in words:
+        if "=" not in word:
+            raise UsageError(f"{word!r} is not an option; options are written key=value")
+    return {word.partition("=")[0]: OmegaConf.create({"v": word.partition("=")[2]}).v for word in words}
+
+
+@contextmanager
+def _progress_bar() -> Iterator[object]:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
+    with Bar(*columns, TextColumn("{task.description}"), console=stderr) as bar:
+        task = bar.add_task("starting", total=None, left="")
+        last = ""
+
+        def observe(progress: object) -> None:
+            nonlocal last
+            left = f"{progress.left_s / 60:.1f} min left" if progress.left_s is not None else ""
+            bar.update(
+                task, completed=progress.done, total=progress.total, left=left, description=progress.doing
+            )
+            if not stderr.is_terminal and progress.doing.partition(":")[0] != last:
+                last = progress.doing.partition(":")[0]
+                stderr.print(f"[{progress.done}/{progress.total}] {last} {left}", markup=False)
+
+        yield observe
+
+
+def _log_to_wandb(folder: Path, config: Config) -> None:
+    from suite.reports.wandb_log import log_records
+
+    wandb = config.wandb
+    message = log_records(folder, mode=wandb.mode, entity=wandb.entity, project=wandb.project)
+    if message:
+        stderr.print(message, markup=False)
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    from suite.impls.registry import IMPLEMENTATIONS
+    from suite.reports.build import Description, build_report
+
+    records = [record for folder in parsed.results for record in _read_results(folder)]
+    descriptions = {
+        name: Description(name, item.summary, item.limits_on_cpu, item.shims)
+        for name, item in IMPLEMENTATIONS.items()
+    }
+    index = build_report(records, parsed.out, descriptions)
+    stdout.print(f"report: {index}", soft_wrap=True)
+    return 0
+
+
+def _read_results(folder: Path) -> list[AnyRecord]:
+    file = folder / "records.jsonl" if folder.is_dir() else folder
+    if not file.exists():
+        raise UsageError(f"there are no results in {str(folder)!r}; run `suite sweep` first")
+    return read(file)
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from suite.harness.doctor import examine
+
+    table = Table("", "what", "detail", "what to do")
+    for finding in examine():
+        table.add_row("ok" if finding.ok else "no", finding.what, finding.detail, finding.remedy)
+    stdout.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""The typed configuration: OmegaConf dotlists over the presets in `configs/`.
+
+Every room reads these dataclasses; nobody reads YAML or dotlists elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from suite.errors import UsageError, unknown
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass
+class ImplConfig:
+    """Which implementation, and its own switches (checked against its options dataclass)."""
+
+    name: str = "ddp"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ModelConfig:
+    """Shape of a masked-language model; `family` is `bert` or `roberta`."""
+
+    family: str = "bert"
+    layers: int = 4
+    hidden: int = 128
+    heads: int = 4
+    intermediate: int = 512
+    vocab: int = 2048
+    seq_len: int = 64
+
+
+@dataclass
+class WorkloadConfig:
+    """A preset of `configs/workloads/`.
+
+    `data` is `python-docs` (the text that every Python carries), `synthetic` (random tokens),
+    a path to a text file or folder, or `hf:NAME` (a Hugging Face dataset, for those online).
+    """
+
+    name: str = "bert-tiny"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: str = "python-docs"
+
+
+@dataclass
+class TrainConfig:
+    """What every implementation of a comparison shares. `micro_batch` is in samples per rank;
+    `global_batch` (samples per step) may be given instead and is then dealt out to the ranks."""
+
+    micro_batch: int = 2
+    micro_steps: int = 1
+    global_batch: int | None = None
+    steps: int = 5
+    warmup: int = 2
+    precision: str = "fp32"
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    clip: float | None = None
+    activation_checkpointing: bool = False
+    seed: int = 0
+
+
+@dataclass
+class TestbedConfig:
+    """Where ranks run. `ranks = nodes * ranks_per_node`; any two say the third.
+
+    `timeout_s` is how long a rank may stay silent in one step before the run is ended,
+    `startup_timeout_s` the same for building the model and the implementation.
+    """
+
+    __test__ = False  # the name starts with "Test", but pytest has nothing to collect here
+
+    name: str = "local"
+    ranks: int | None = None
+    nodes: int | None = None
+    ranks_per_node: int | None = None
+    timeout_s: float = 120.0
+    startup_timeout_s: float = 300.0
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases; `offline` needs no account, `online` a login, `disabled` writes nothing."""
+
+    mode: str = "offline"
+    entity: str | None = None
+    project: str = "sharded-data-parallel"
+
+
+@dataclass
+class Config:
+    """One run of one implementation."""
+
+    impl: ImplConfig = field(default_factory=ImplConfig)
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    testbed: TestbedConfig = field(default_factory=TestbedConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    out: str | None = None
+
+    @property
+    def world_size(self) -> int:
+        assert self.testbed.ranks is not None, "Config is made by load(), which fills in ranks"
+        return self.testbed.ranks
+
+    @property
+    def ranks_per_node(self) -> int:
+        assert self.testbed.ranks_per_node is not None
+        return self.testbed.ranks_per_node
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per optimizer step over all ranks and micro-steps."""
+        return self.train.micro_batch * self.train.micro_steps * self.world_size
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def hash(self) -> str:
+        """Identity of the result: equal hashes would measure the same thing."""
+        what = self.to_dict()
+        for key in ("wandb", "out"):
+            del what[key]
+        for key in ("timeout_s", "startup_timeout_s"):
+            del what["testbed"][key]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def presets(kind: str) -> list[str]:
+    """Names of the YAML presets under `configs/<kind>/`."""
+    return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
+
+
+def load(overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
+    """The configuration for a dotlist (`["impl=ddp", "train.steps=3"]`) or a nested mapping.
+
+    `impl=NAME` and `testbed=NAME` are short for `impl.name=NAME` and `testbed.name=NAME`;
+    `workload=NAME` loads that preset. Raises UsageError for an unknown key, preset or value.
+    """
+    given = _given(overrides)
+    for key in ("impl", "testbed", "workload"):
+        if key in given and not isinstance(given[key], DictConfig):
+            given[key] = {"name": given[key]}
+    merged = OmegaConf.structured(Config)
+    preset = OmegaConf.select(given, "workload.name", default="bert-tiny")
+    if preset not in presets("workloads"):
+        raise unknown("workload", str(preset), presets("workloads"))
+    merged = _merge(merged, OmegaConf.load(CONFIGS / "workloads" / f"{preset}.yaml"))
+    config = OmegaConf.to_object(_merge(merged, given))
+    assert isinstance(config, Config)
+    return _resolve(config)
+
+
+def _given(overrides: Iterable[str] | Mapping[str, Any]) -> DictConfig:
+    if isinstance(overrides, Mapping):
+        result = OmegaConf.create(dict(overrides))
+    else:
+        words = list(overrides)
+        for word in words:
+            if "=" not in word:
+                raise UsageError(f"{word!r} is not an option; options are written key=value")
+        # A bare name and a key below it may both be given (`workload=x workload.data=y`), in
+        # any order: the name goes first, or OmegaConf would overwrite the rest.
+        short = {f"{key}=" for key in ("impl", "testbed", "workload")}
+        words = [
+            word.replace("=", ".name=", 1) if word[: word.index("=") + 1] in short else word for word in words
+        ]
+        try:
+            result = OmegaConf.from_dotlist(words)
+        except Exception as error:
+            raise UsageError(f"cannot read the options {words}: {_first_line(error)}") from error
+    assert isinstance(result, DictConfig)
+    return result
+
+
+def _merge(base: Any, extra: Any) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(base, extra)
+    except ConfigKeyError as error:
+        key = str(error.full_key)
+        raise unknown("key", key, key_names(Config())) from error
+    except OmegaConfBaseException as error:
+        raise UsageError(f"bad value for {error.full_key}: {_first_line(error)}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def key_names(node: Any, prefix: str = "") -> list[str]:
+    """All dotted keys of a configuration dataclass, for error messages and documentation."""
+    names: list[str] = []
+    for item in fields(node):
+        value = getattr(node, item.name)
+        name = prefix + item.name
+        names += [name, *key_names(value, name + ".")] if is_dataclass(value) else [name]
+    return names
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _resolve(config: Config) -> Config:
+    """Fills in what follows from the rest and refuses what cannot be run."""
+    _resolve_ranks(config.testbed)
+    train, model = config.train, config.workload.model
+    for key in ("micro_batch", "micro_steps", "steps"):
+        _require(getattr(train, key) >= 1, f"train.{key}", getattr(train, key), "at least 1")
+    _require(train.warmup >= 0, "train.warmup", train.warmup, "at least 0")
+    _require(train.lr > 0, "train.lr", train.lr, "above 0")
+    _require(train.clip is None or train.clip > 0, "train.clip", train.clip, "above 0, or null")
+    if train.precision not in PRECISIONS:
+        raise unknown("train.precision", train.precision, PRECISIONS)
+    if config.wandb.mode not in ("offline", "online", "disabled"):
+        raise unknown("wandb.mode", config.wandb.mode, ("offline", "online", "disabled"))
+    for key in ("layers", "hidden", "heads", "intermediate", "vocab", "seq_len"):
+        _require(getattr(model, key) >= 1, f"workload.model.{key}", getattr(model, key), "at least 1")
+    if model.hidden % model.heads:
+        raise UsageError(
+            f"workload.model.hidden={model.hidden} is not a multiple of "
+            f"workload.model.heads={model.heads}; choose one that is"
+        )
+    if train.global_batch is not None:
+        parts = config.world_size * train.micro_steps
+        if train.global_batch < 1 or train.global_batch % parts:
+            raise UsageError(
+                f"train.global_batch={train.global_batch} does not divide by {config.world_size} ranks "
+                f"x {train.micro_steps} micro-steps; use a multiple of {parts}"
+            )
+        train.micro_batch = train.global_batch // parts
+    return config
+
+
+def _resolve_ranks(testbed: TestbedConfig) -> None:
+    for key in ("ranks", "nodes", "ranks_per_node"):
+        value = getattr(testbed, key)
+        _require(value is None or value >= 1, f"testbed.{key}", value, "at least 1")
+    if testbed.ranks is None:
+        if testbed.nodes is None and testbed.ranks_per_node is None:
+            testbed.ranks = 4
+        else:
+            testbed.ranks = (testbed.nodes or 1) * (testbed.ranks_per_node or 1)
+    if testbed.nodes is None:
+        testbed.nodes = testbed.ranks // (testbed.ranks_per_node or testbed.ranks) or 1
+    if testbed.ranks_per_node is None:
+        testbed.ranks_per_node = testbed.ranks // testbed.nodes
+    if testbed.nodes * testbed.ranks_per_node != testbed.ranks:
+        raise UsageError(
+            f"testbed.ranks={testbed.ranks} is not testbed.nodes={testbed.nodes} x "
+            f"testbed.ranks_per_node={testbed.ranks_per_node}; give two of the three"
+        )
+
+
+def _require(ok: bool, key: str, value: Any, wanted: str) -> None:
+    if not ok:
+        raise UsageError(f"{key}={value} is not possible; it must be {wanted}")

@@ -1,0 +1,38 @@
+"""Errors that a user sees: one clear line that says what is wrong, the value, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SuiteError(Exception):
+    """Base of every error that reaches the user as one line instead of a traceback."""
+
+    exit_status = 3
+
+
+class UsageError(SuiteError):
+    """The input is wrong (exit status 2); raised before anything is started or written."""
+
+    exit_status = 2
+
+
+class RankError(SuiteError):
+    """A rank raised, died or hung (exit status 3).
+
+    `details` holds that rank's traceback or stack, shown below the one-line message.
+    """
+
+    def __init__(self, message: str, rank: int | None = None, details: str = "") -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.details = details
+
+
+def unknown(kind: str, value: str, known: Iterable[str]) -> UsageError:
+    """The error for a name that does not exist, naming the closest one that does."""
+    names = sorted(known)
+    close = difflib.get_close_matches(value, names, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+    return UsageError(f"unknown {kind} {value!r}; {hint}")

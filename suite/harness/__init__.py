@@ -1,0 +1,1 @@
+"""Runs and measures: config in, records out."""

@@ -1,0 +1,206 @@
+"""Holds an implementation against plain single-process torch: gradients, parameters, norm, loss."""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from suite.config import Config
+from suite.harness.environment import environment
+from suite.harness.launch import launch, prepare
+from suite.harness.worker import build_trainer, model_builder, recipe_of
+from suite.records import CheckRecord
+from suite.testbeds.local import LocalTestbed
+from suite.testbeds.testbed import RankContext
+from suite.workloads.data import open_stream
+from suite.workloads.reference import ReferenceRun, run_reference
+
+STEPS = 5
+FP32_TOLERANCE = {
+    "max_abs_grad_diff": 1e-6,
+    "max_rel_grad_diff": 1e-5,
+    "max_abs_param_diff": 2e-5,
+    "max_replica_diff": 0.0,
+    "max_loss_diff": 1e-5,
+    "max_rel_grad_norm_diff": 1e-5,
+}
+BF16_FACTOR = 3.0
+"""bf16 rounds to 8 bits, so no fixed limit fits all models and depths. The limit is computed: this
+many times the error that plain single-process bf16 torch makes itself against fp32. The room above
+1 is for reductions that are rounded to bf16 once per rank; a gradient lost or counted twice is an
+error of another order."""
+
+
+@dataclass(frozen=True)
+class Differences:
+    """The `max_*` fields of a CheckRecord, and which parameter is behind them."""
+
+    max_abs_grad_diff: float
+    max_rel_grad_diff: float
+    max_abs_param_diff: float
+    max_replica_diff: float
+    max_loss_diff: float
+    max_rel_grad_norm_diff: float
+    worst: dict[str, str]
+
+    def limits(self) -> dict[str, float]:
+        return {key: getattr(self, key) for key in FP32_TOLERANCE}
+
+
+class CheckWorker:
+    """One rank's program: trains a few steps and compares with the reference in `folder`."""
+
+    def __init__(self, config: Config, context: RankContext) -> None:
+        self._config = config
+        self._context = context
+        self._stream = open_stream(config.workload, config.train.seed)
+        self._trainer = build_trainer(config, context)
+        self._trainer.keep_gradients = True
+        self._losses: list[float] = []
+        self._grad_norms: list[float] = []
+        self._gradients: dict[str, Tensor] = {}
+
+    def step(self) -> None:
+        train, context = self._config.train, self._context
+        batches = self._stream.micro_batches(
+            len(self._losses), context.rank, context.world_size, train.micro_batch, train.micro_steps
+        )
+        result = self._trainer.train_step([batch.to(context.device) for batch in batches])
+        if self._trainer.keep_gradients:
+            self._gradients = self._trainer.full_gradients()
+            self._trainer.keep_gradients = False
+        self._losses.append(result.loss)
+        self._grad_norms.append(result.grad_norm)
+
+    def compare(self, reference_file: str) -> Differences:
+        parameters = self._trainer.full_parameters()
+        run = ReferenceRun(self._gradients, parameters, self._losses, self._grad_norms)
+        found = compare(run, ReferenceRun.load(Path(reference_file)))
+        return replace(found, max_replica_diff=_replica_difference(parameters))
+
+    def close(self) -> None:
+        self._trainer.close()
+
+
+class ReferenceWorker:
+    """The reference, run in a process of its own so that the parent stays free to fork."""
+
+    def __init__(self, config: Config, context: RankContext) -> None:
+        self._config = config
+
+    def run(self, precision: str, path: str) -> None:
+        config = self._config
+        stream = open_stream(config.workload, config.train.seed)
+        batches = [stream.global_batch(step, config.global_batch) for step in range(STEPS)]
+        recipe = replace(recipe_of(config.train), precision=precision)
+        run_reference(model_builder(config), recipe, batches).save(Path(path))
+
+
+def check(config: Config) -> CheckRecord:
+    """Trains `STEPS` steps with the implementation and with plain torch and compares.
+
+    Raises UsageError for wrong input, RankError when a rank fails.
+    """
+    prepare(config)
+    started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    with tempfile.TemporaryDirectory(prefix="suite-check-") as folder:
+        reference = Path(folder) / "fp32.safetensors"
+        plain_bf16 = Path(folder) / "bf16.safetensors"
+        _write_reference(config, "fp32", reference)
+        tolerance = dict(FP32_TOLERANCE)
+        if config.train.precision == "bf16":
+            _write_reference(config, "bf16", plain_bf16)
+            own_error = compare(ReferenceRun.load(plain_bf16), ReferenceRun.load(reference))
+            tolerance = {key: BF16_FACTOR * value for key, value in own_error.limits().items()}
+        with launch(config, CheckWorker) as ranks:
+            for _ in range(STEPS):
+                ranks.call("step", timeout_s=config.testbed.timeout_s)
+            answers = ranks.call("compare", str(reference), timeout_s=config.testbed.timeout_s)
+    return _record(config, _worst_of(answers), tolerance, started_at)
+
+
+def compare(run: ReferenceRun, reference: ReferenceRun) -> Differences:
+    """How far `run` is from `reference`. Raises ValueError when they hold different parameters."""
+    gradient, gradient_name = _largest_difference(run.gradients, reference.gradients)
+    parameter, parameter_name = _largest_difference(run.parameters, reference.parameters)
+    largest = max(tensor.abs().max().item() for tensor in reference.gradients.values())
+    norms = zip(run.grad_norms, reference.grad_norms, strict=True)
+    losses = zip(run.losses, reference.losses, strict=True)
+    return Differences(
+        max_abs_grad_diff=gradient,
+        max_rel_grad_diff=gradient / largest,
+        max_abs_param_diff=parameter,
+        max_replica_diff=0.0,
+        max_loss_diff=_max(abs(ours - theirs) for ours, theirs in losses),
+        max_rel_grad_norm_diff=_max(abs(ours - theirs) / theirs for ours, theirs in norms),
+        worst={"gradient": gradient_name, "parameter": parameter_name},
+    )
+
+
+def _write_reference(config: Config, precision: str, path: Path) -> None:
+    alone = LocalTestbed(ranks=1, ranks_per_node=1)
+    with alone.launch(
+        lambda context: ReferenceWorker(config, context), config.testbed.startup_timeout_s
+    ) as ranks:
+        ranks.call("run", precision, str(path), timeout_s=config.testbed.startup_timeout_s)
+
+
+def _largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, str]:
+    if ours.keys() != theirs.keys():
+        raise ValueError(f"parameters differ: {sorted(ours.keys() ^ theirs.keys())}")
+    differences = {name: _nan_is_largest(ours[name] - theirs[name]) for name in theirs}
+    worst = max(differences, key=differences.__getitem__)
+    return differences[worst], worst
+
+
+def _nan_is_largest(difference: Tensor) -> float:
+    largest = difference.abs().max().item() if difference.numel() else 0.0
+    return float("inf") if largest != largest else largest
+
+
+def _max(values: object) -> float:
+    return max(float("inf") if value != value else value for value in values)  # type: ignore[attr-defined]
+
+
+def _replica_difference(parameters: dict[str, Tensor]) -> float:
+    """Largest difference between any two ranks' copies of the same parameter element."""
+    low = torch.cat([tensor.flatten() for tensor in parameters.values()])
+    high = low.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN)
+    dist.all_reduce(high, dist.ReduceOp.MAX)
+    return _nan_is_largest(high - low)
+
+
+def _worst_of(answers: Sequence[Differences]) -> Differences:
+    """The largest of every difference over all ranks."""
+    worst_gradient = max(answers, key=lambda answer: answer.max_abs_grad_diff).worst["gradient"]
+    worst_parameter = max(answers, key=lambda answer: answer.max_abs_param_diff).worst["parameter"]
+    limits = {key: max(getattr(answer, key) for answer in answers) for key in FP32_TOLERANCE}
+    return Differences(**limits, worst={"gradient": worst_gradient, "parameter": worst_parameter})
+
+
+def _record(config: Config, found: Differences, tolerance: dict[str, float], started_at: str) -> CheckRecord:
+    ok = all(value <= tolerance[key] for key, value in found.limits().items())
+    return CheckRecord(
+        impl=config.impl.name,
+        workload=config.workload.name,
+        world_size=config.world_size,
+        micro_steps=config.train.micro_steps,
+        precision=config.train.precision,
+        steps=STEPS,
+        **found.limits(),
+        tolerance=tolerance,
+        ok=ok,
+        worst=found.worst,
+        env=environment(),
+        config=config.to_dict(),
+        config_hash=config.hash(),
+        started_at=started_at,
+    )

@@ -1,0 +1,58 @@
+"""What this host can run, and why not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+
+from suite.errors import UsageError
+from suite.harness.environment import environment
+from suite.impls import registry
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's report; `remedy` says what to do when it is not ok."""
+
+    what: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Machine, tools and every implementation. Starts nothing and writes nothing."""
+    env = environment()
+    machine = f"{env['cores']} cores ({env['cpu']}), {env['memory_bytes'] / 2**30:.0f} GiB, {env['system']}"
+    accelerators = ", ".join(env["accelerators"]) or "none: implementations run on the CPU over gloo"
+    packages = ", ".join(f"{name} {version}" for name, version in env["packages"].items() if version)
+    findings = [
+        Finding("machine", True, machine),
+        Finding("accelerators", True, accelerators),
+        Finding("python", True, f"{env['python']} with {packages}"),
+        _tool("g++", "compiles DeepSpeed's CPU helper", "install g++"),
+        _tool("ninja", "compiles DeepSpeed's CPU helper", "pip install ninja"),
+        _memory_peaks(),
+    ]
+    return findings + [_implementation(name) for name in registry.IMPLEMENTATIONS]
+
+
+def _tool(name: str, purpose: str, remedy: str) -> Finding:
+    # A virtual environment that is used without being activated is not on PATH.
+    beside_python = os.path.join(os.path.dirname(os.sys.executable), name)  # type: ignore[attr-defined]
+    found = shutil.which(name) or (beside_python if os.access(beside_python, os.X_OK) else None)
+    return Finding(name, found is not None, purpose, "" if found else remedy)
+
+
+def _memory_peaks() -> Finding:
+    ok = os.access("/proc/self/clear_refs", os.W_OK)
+    return Finding("peak memory", ok, "needs a writable /proc/self/clear_refs", "" if ok else "use Linux")
+
+
+def _implementation(name: str) -> Finding:
+    try:
+        registry.require(name)
+    except UsageError as error:
+        return Finding(name, False, registry.IMPLEMENTATIONS[name].summary, str(error))
+    return Finding(name, True, registry.IMPLEMENTATIONS[name].summary)

@@ -1,0 +1,185 @@
+"""Times several implementations of the same training side by side, step by step in turns."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from suite.config import Config
+from suite.errors import SuiteError
+from suite.harness import traffic
+from suite.harness.environment import environment
+from suite.harness.launch import launch, prepare, testbed_of
+from suite.harness.noise import Noise, noise_between, read_cpu
+from suite.harness.worker import Resources, StepMeasurement, Worker
+from suite.records import Record, Spread
+from suite.testbeds.testbed import Ranks
+from suite.workloads import flops
+from suite.workloads.models import n_params
+
+MAX_ATTEMPTS = 3
+NOISE_WARNING = "noisy: something else used the machine during all attempts"
+
+Say = Callable[[str], None]
+"""Receives what is being done, for a progress display."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell that could not be measured; the others of its cohort were."""
+
+    config: Config
+    error: SuiteError
+
+
+@dataclass
+class Team:
+    """One implementation's ranks during a measurement."""
+
+    config: Config
+    ranks: Ranks
+    steps: list[list[StepMeasurement]] = field(default_factory=list)
+    """Per step, one measurement from each rank."""
+    timed_from: int = 0
+    before: list[Resources] = field(default_factory=list)
+    after: list[Resources] = field(default_factory=list)
+
+    def step(self) -> None:
+        self.steps.append(self.ranks.call("step", timeout_s=self.config.testbed.timeout_s))
+
+    def resources(self) -> list[Resources]:
+        return self.ranks.call("resources", timeout_s=self.config.testbed.timeout_s)
+
+    def start_timing(self) -> None:
+        self.timed_from = len(self.steps)
+        self.ranks.call("reset_peak_memory", timeout_s=self.config.testbed.timeout_s)
+        self.before = self.resources()
+
+    def step_times(self) -> list[float]:
+        """Seconds per timed step: that of its slowest rank."""
+        return [max(rank.seconds for rank in step) for step in self.steps[self.timed_from :]]
+
+
+def measure(cohort: Sequence[Config], say: Say = lambda _: None) -> list[Record | Failure]:
+    """Runs all configurations of a cohort at once, their steps taken in turns (A B C A B C ...).
+
+    The members may differ in their implementation only. All are alive at the same time, but only
+    one computes at any moment; the others wait. A member that fails is left out of what follows.
+    Raises UsageError when a member's input is wrong (before anything is started).
+    """
+    _require_comparable(cohort)
+    started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    failures: list[Failure] = []
+    with ExitStack() as stack:
+        teams: list[Team] = []
+        for config in cohort:
+            say(f"starting {config.impl.name}")
+            prepare(config)
+            try:
+                teams.append(Team(config, stack.enter_context(launch(config, Worker))))
+            except SuiteError as error:
+                failures.append(Failure(config, error))
+        for _ in range(cohort[0].train.warmup):
+            teams = _turn(teams, failures, lambda team: _warm_up(team, say))
+        noise = None
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            teams, noise = _timed(teams, failures, attempt, say)
+            if not noise.noisy:
+                break
+        assert noise is not None
+        return [*(_record(team, noise, started_at) for team in teams), *failures]
+
+
+def _require_comparable(cohort: Sequence[Config]) -> None:
+    shared = {(str(config.workload), str(config.train), str(config.testbed)) for config in cohort}
+    if len(shared) != 1:
+        raise ValueError("the configurations of a cohort may differ in their implementation only")
+
+
+def _warm_up(team: Team, say: Say) -> None:
+    say(f"warming up {team.config.impl.name}")
+    team.step()
+
+
+def _timed(teams: list[Team], failures: list[Failure], attempt: int, say: Say) -> tuple[list[Team], Noise]:
+    """One attempt at all timed rounds, with what the rest of the machine did meanwhile."""
+    again = f" (attempt {attempt}: the machine was busy)" if attempt > 1 else ""
+    teams = _turn(teams, failures, Team.start_timing)
+    before = read_cpu(_pids(teams))
+    rounds = teams[0].config.train.steps if teams else 0
+    for number in range(1, rounds + 1):
+        say(f"timing step {number}/{rounds}{again}")
+        teams = _turn(teams, failures, Team.step)
+    noise = noise_between(before, read_cpu(_pids(teams)), attempt)
+    for team in teams:
+        team.after = team.resources()
+    return teams, noise
+
+
+def _turn(teams: list[Team], failures: list[Failure], action: Callable[[Team], None]) -> list[Team]:
+    """Lets each team act once; returns those that could."""
+    able = []
+    for team in teams:
+        try:
+            action(team)
+            able.append(team)
+        except SuiteError as error:
+            failures.append(Failure(team.config, error))
+    return able
+
+
+def _pids(teams: Iterable[Team]) -> list[int]:
+    return [pid for team in teams for pid in team.ranks.pids()]
+
+
+def _record(team: Team, noise: Noise, started_at: str) -> Record:
+    config, times = team.config, team.step_times()
+    train, model = config.train, config.workload.model
+    spread = Spread.of(times)
+    samples = config.global_batch
+
+    def teraflops(operations: float) -> float:
+        return operations / spread.median / config.world_size / 1e12
+
+    before, after = (
+        traffic.matrix([item.connections for item in reading]) for reading in (team.before, team.after)
+    )
+    tcp = any(map(any, after))  # NCCL, for one, does not send through connections of this process
+    between = traffic.between_nodes(before, after, config.ranks_per_node)
+    return Record(
+        evidence=testbed_of(config).evidence,
+        impl=config.impl.name,
+        workload=config.workload.name,
+        testbed=config.testbed.name,
+        world_size=config.world_size,
+        nodes=config.world_size // config.ranks_per_node,
+        ranks_per_node=config.ranks_per_node,
+        partition_size=team.ranks.call("partition_size", timeout_s=config.testbed.timeout_s)[0],
+        micro_batch=train.micro_batch,
+        micro_steps=train.micro_steps,
+        seq_len=model.seq_len,
+        precision=train.precision,
+        n_params=n_params(model),
+        step_time_s=spread,
+        step_times_s=times,
+        samples_per_s=samples / spread.median,
+        model_tflops_per_gpu=teraflops(flops.model_flops(model, samples)),
+        hardware_tflops_per_gpu=teraflops(
+            flops.hardware_flops(model, samples, train.activation_checkpointing)
+        ),
+        peak_memory_bytes=max(item.peak_memory_bytes for item in team.after),
+        inter_node_bytes_per_node=round(between / train.steps) if tcp else None,
+        bytes_sent_per_rank=round(traffic.per_rank(before, after) / train.steps) if tcp else None,
+        exposed_comm_s=None,
+        losses=[step[0].loss for step in team.steps],
+        grad_norms=[step[0].grad_norm for step in team.steps],
+        noise=noise.to_dict(),
+        env=environment(),
+        config=config.to_dict(),
+        config_hash=config.hash(),
+        started_at=started_at,
+        cohort=f"{started_at}/{config.workload.name}",
+        notes=[NOISE_WARNING] if noise.noisy else [],
+    )

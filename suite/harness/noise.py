@@ -1,0 +1,77 @@
+"""How much of this machine something else used while we measured."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+LIMIT = 0.10
+"""Share of all cores beyond which a measurement is marked noisy and taken again."""
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Shares of the machine's cores over one measurement, each 0..1.
+
+    `others` is what processes that are not ours used, `steal` what the hypervisor took, `ours` what
+    we used ourselves. `attempts` counts the tries that it took.
+    """
+
+    others: float
+    steal: float
+    ours: float
+    limit: float
+    attempts: int
+
+    @property
+    def noisy(self) -> bool:
+        return self.others + self.steal > self.limit
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "noisy": self.noisy}
+
+
+@dataclass(frozen=True)
+class CpuReading:
+    """CPU seconds since boot (machine) or since start (ours), at one moment."""
+
+    at_s: float
+    busy_s: float
+    steal_s: float
+    ours_s: float
+
+
+def read_cpu(pids: Iterable[int]) -> CpuReading:
+    """One reading; `pids` and this process are ours, children that they waited for included."""
+    with open("/proc/stat") as file:
+        user, nice, system, _, _, _, _, steal = map(int, file.readline().split()[1:9])
+    # Interrupt time is left out: loopback traffic is handled there and charged to nobody.
+    ours = sum(_process_ticks(pid) for pid in {*pids, os.getpid()})
+    return CpuReading(
+        time.monotonic(),
+        (user + nice + system) / _TICKS_PER_S,
+        steal / _TICKS_PER_S,
+        ours / _TICKS_PER_S,
+    )
+
+
+def noise_between(before: CpuReading, after: CpuReading, attempts: int, limit: float = LIMIT) -> Noise:
+    """What happened between two readings; meaningful from about a second on (ticks of 10 ms)."""
+    capacity = max(after.at_s - before.at_s, 1e-9) * (os.cpu_count() or 1)
+    ours = (after.ours_s - before.ours_s) / capacity
+    others = max(0.0, (after.busy_s - before.busy_s) / capacity - ours)
+    return Noise(others, (after.steal_s - before.steal_s) / capacity, ours, limit, attempts)
+
+
+def _process_ticks(pid: int) -> int:
+    with suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{pid}/stat") as file:
+        # The command name may hold spaces and brackets: count fields after its closing one.
+        values = file.read().rpartition(")")[2].split()
+        return sum(map(int, values[11:15]))
+    return 0

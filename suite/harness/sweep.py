@@ -1,0 +1,196 @@
+"""A grid of runs and checks from one YAML file, resumable cell by cell.
+
+A sweep file holds `stages`, each with a `kind` (`run` or `check`), the `impls`, a `base` (any
+configuration keys) and a `grid` (dotted key -> values). Every combination of the grid is one
+cohort: all implementations on exactly the same training, timed in turns when `kind` is `run`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from suite.config import Config, load
+from suite.errors import SuiteError, UsageError, unknown
+from suite.harness.check import check
+from suite.harness.measure import Failure, measure
+from suite.records import CheckRecord, Record, append, read
+
+KINDS = ("run", "check")
+RECORDS = "records.jsonl"
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Configurations that differ in their implementation only."""
+
+    stage: str
+    kind: str
+    cells: list[Config]
+
+    def title(self) -> str:
+        train = self.cells[0].train
+        parts = [
+            self.stage,
+            self.cells[0].workload.name,
+            f"{self.cells[0].world_size} ranks",
+            train.precision,
+            f"{train.micro_steps} micro-step{'s' if train.micro_steps > 1 else ''}",
+        ]
+        parts += ["activation checkpointing"] if train.activation_checkpointing else []
+        parts += [f"clip {train.clip:g}"] if train.clip is not None else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a sweep stands; `left_s` is None until there is something to judge by."""
+
+    done: int
+    total: int
+    doing: str
+    left_s: float | None
+
+
+@dataclass
+class Outcome:
+    """What a sweep did: `finished` in this call, `skipped` because they were finished before."""
+
+    finished: list[Record | CheckRecord] = field(default_factory=list)
+    skipped: int = 0
+    failures: list[Failure] = field(default_factory=list)
+
+
+def read_sweep(path: Path, overrides: Mapping[str, Any] | None = None) -> list[Cohort]:
+    """The cohorts of a sweep file, in order; `overrides` (dotted keys) win over the file.
+
+    Raises UsageError, naming the file and the stage, for anything that cannot be run.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no sweep file {str(path)!r}; see configs/sweeps/")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise UsageError(f"{path} is not readable as YAML: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # yaml's own errors share no base class with OmegaConf's
+        raise UsageError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("stages"), list):
+        raise UsageError(f"{path} has no list of stages; see configs/sweeps/ for examples")
+    cohorts: list[Cohort] = []
+    for stage in content["stages"]:
+        cohorts += _stage_cohorts(path, stage, overrides or {})
+    return cohorts
+
+
+def _stage_cohorts(path: Path, stage: Any, overrides: Mapping[str, Any]) -> Iterable[Cohort]:
+    keys = ("name", "kind", "impls", "base", "grid")
+    if not isinstance(stage, dict):
+        raise UsageError(f"{path}: a stage must be a mapping with {', '.join(keys)}, not {stage!r}")
+    for key in stage:
+        if key not in keys:
+            raise unknown(f"stage key in {path}", str(key), keys)
+    name, kind = str(stage.get("name", "sweep")), stage.get("kind", "run")
+    if kind not in KINDS:
+        raise unknown(f"kind of stage {name!r} in {path}", str(kind), KINDS)
+    grid = {key: _as_list(values) for key, values in (stage.get("grid") or {}).items()}
+    for values in itertools.product(*grid.values()):
+        point = dict(zip(grid, values, strict=True))
+        cells = []
+        for impl in _as_list(stage.get("impls") or []):
+            settings = OmegaConf.create(stage.get("base") or {})
+            for key, value in {**point, **_impl_keys(impl), **overrides}.items():
+                # A preset's name may have been given in short: make room for keys below it.
+                OmegaConf.update(settings, _full_key(key), value, force_add=True)
+            try:
+                cells.append(load(OmegaConf.to_container(settings)))  # type: ignore[arg-type]
+            except UsageError as error:
+                raise UsageError(f"{path}, stage {name!r}: {error}") from error
+        if not cells:
+            raise UsageError(f"{path}, stage {name!r} names no impls")
+        yield Cohort(name, kind, cells)
+
+
+def _impl_keys(impl: Any) -> dict[str, Any]:
+    """`impls` holds names, or mappings like {name: mics, options: {partition_size: 2}}."""
+    return {f"impl.{key}": value for key, value in impl.items()} if isinstance(impl, dict) else {"impl": impl}
+
+
+def _full_key(key: str) -> str:
+    return f"{key}.name" if key in ("impl", "workload", "testbed") else key
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def run_sweep(
+    cohorts: Sequence[Cohort], out: Path, observe: Callable[[Progress], None] = lambda _: None
+) -> Outcome:
+    """Runs what `out/records.jsonl` does not hold yet and adds it there, cohort by cohort.
+
+    A cell that fails is reported in the outcome and tried again by the next call; the rest goes on.
+    """
+    file = out / RECORDS
+    finished = {_identity(record) for record in read(file)}
+    outcome = Outcome()
+    todo = []
+    for cohort in cohorts:
+        left = [cell for cell in cohort.cells if (cohort.kind, cell.hash()) not in finished]
+        outcome.skipped += len(cohort.cells) - len(left)
+        if left:
+            todo.append(Cohort(cohort.stage, cohort.kind, left))
+    clock = _Clock(sum(len(cohort.cells) for cohort in todo), observe)
+    for cohort in todo:
+        for result in _run_cohort(cohort, clock):
+            if isinstance(result, Failure):
+                outcome.failures.append(result)
+            else:
+                append(file, result)
+                outcome.finished.append(result)
+    return outcome
+
+
+class _Clock:
+    """Turns finished cells into progress with an estimate of the time left."""
+
+    def __init__(self, total: int, observe: Callable[[Progress], None]) -> None:
+        self._total = total
+        self._observe = observe
+        self._done = 0
+        self._start = time.monotonic()
+
+    def say(self, doing: str) -> None:
+        elapsed = time.monotonic() - self._start
+        left = elapsed / self._done * (self._total - self._done) if self._done else None
+        self._observe(Progress(self._done, self._total, doing, left))
+
+    def finished(self, cells: int, doing: str) -> None:
+        self._done += cells
+        self.say(doing)
+
+
+def _run_cohort(cohort: Cohort, clock: _Clock) -> Iterable[Record | CheckRecord | Failure]:
+    if cohort.kind == "run":
+        results = measure(cohort.cells, lambda text: clock.say(f"{cohort.title()}: {text}"))
+        clock.finished(len(cohort.cells), cohort.title())
+        yield from results
+        return
+    for cell in cohort.cells:
+        clock.say(f"{cohort.title()}: checking {cell.impl.name}")
+        try:
+            result: CheckRecord | Failure = check(cell)
+        except SuiteError as error:
+            result = Failure(cell, error)
+        clock.finished(1, cohort.title())
+        yield result
+
+
+def _identity(record: Record | CheckRecord) -> tuple[str, str]:
+    return ("run" if isinstance(record, Record) else "check", record.config_hash)

@@ -1,0 +1,111 @@
+"""One rank's program for a timed run: builds the workload and the implementation, then steps."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from suite.config import Config, TrainConfig
+from suite.harness import traffic
+from suite.harness.memory import PeakMemory
+from suite.impls import registry
+from suite.impls.trainer import BuildModel, Recipe, Topology, Trainer
+from suite.testbeds.testbed import RankContext
+from suite.workloads.data import open_stream
+from suite.workloads.models import build_model
+
+
+@dataclass(frozen=True)
+class StepMeasurement:
+    """One step on one rank; `seconds` from a barrier until the loss is known on the host."""
+
+    seconds: float
+    loss: float
+    grad_norm: float
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a rank used so far; `connections` as of this moment (see `suite.harness.traffic`)."""
+
+    peak_memory_bytes: int
+    connections: list[traffic.Connection]
+
+
+def recipe_of(train: TrainConfig) -> Recipe:
+    """What the configuration asks of every implementation."""
+    return Recipe(
+        lr=train.lr,
+        weight_decay=train.weight_decay,
+        precision=train.precision,
+        clip=train.clip,
+        micro_steps=train.micro_steps,
+    )
+
+
+def model_builder(config: Config) -> BuildModel:
+    """Builds the configured model with the same weights on every rank."""
+    train, model = config.train, config.workload.model
+    return lambda: build_model(model, train.seed, train.activation_checkpointing)
+
+
+def build_trainer(config: Config, context: RankContext) -> Trainer:
+    """The configured implementation on this rank."""
+    topology = Topology(context.rank, context.world_size, context.ranks_per_node, context.device)
+    return registry.build(
+        config.impl.name,
+        model_builder(config),
+        recipe_of(config.train),
+        topology,
+        config.impl.options,
+    )
+
+
+class Worker:
+    """Answers the calls of `suite.harness.measure` on one rank."""
+
+    def __init__(self, config: Config, context: RankContext) -> None:
+        self._config = config
+        self._context = context
+        self._memory = PeakMemory(context.device)
+        self._stream = open_stream(config.workload, config.train.seed)
+        self._trainer = build_trainer(config, context)
+        self._step = 0
+
+    def step(self) -> StepMeasurement:
+        """One optimizer step. Making the batch is not part of the time."""
+        train = self._config.train
+        batches = self._stream.micro_batches(
+            self._step,
+            self._context.rank,
+            self._context.world_size,
+            train.micro_batch,
+            train.micro_steps,
+        )
+        batches = [batch.to(self._context.device) for batch in batches]
+        self._step += 1
+        self._context.barrier()
+        _synchronize(self._context.device)
+        start = time.perf_counter()
+        result = self._trainer.train_step(batches)
+        _synchronize(self._context.device)
+        return StepMeasurement(time.perf_counter() - start, result.loss, result.grad_norm)
+
+    def reset_peak_memory(self) -> None:
+        self._memory.reset()
+
+    def resources(self) -> Resources:
+        return Resources(self._memory.read(), traffic.connections())
+
+    def partition_size(self) -> int | None:
+        return self._trainer.partition_size
+
+    def close(self) -> None:
+        self._trainer.close()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

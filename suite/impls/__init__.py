@@ -1,0 +1,1 @@
+"""The implementations, each behind the interface of `suite.impls.trainer`."""

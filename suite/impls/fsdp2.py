@@ -1,0 +1,98 @@
+"""torch's fully_shard (FSDP2), over the world or over partition groups (HSDP)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from suite.impls.blocks import transformer_blocks
+from suite.impls.gradient_norm import clip_gradients
+from suite.impls.options import Options, PartitionOptions
+from suite.impls.trainer import BuildModel, MicroBatch, Recipe, Topology, Trainer
+
+
+class FSDP2(Trainer):
+    """`fully_shard` on every transformer block and on the root, with its defaults: a block is
+    released after its forward and gathered again for its backward; gradients are reduce-scattered
+    at every micro-step.
+
+    bf16 is `MixedPrecisionPolicy(param_dtype=bfloat16)`: shards and AdamW states stay fp32, weights
+    are gathered in bf16, and gradients are reduced in bf16 too, which is what the policy's default
+    `reduce_dtype=None` means.
+    """
+
+    def __init__(
+        self, build_model: BuildModel, recipe: Recipe, topology: Topology, options: Options
+    ) -> None:
+        super().__init__(recipe, topology)
+        self.partition_size = topology.world_size
+        self._start(build_model, init_device_mesh(topology.device.type, (topology.world_size,)))
+
+    def _start(self, build_model: BuildModel, mesh: DeviceMesh) -> None:
+        policy = MixedPrecisionPolicy(
+            param_dtype=self.recipe.dtype if self.recipe.precision == "bf16" else None
+        )
+        model = build_model()
+        for block in transformer_blocks(model):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        self._model: FSDPModule = fully_shard(model, mesh=mesh, mp_policy=policy)
+        self._parameters = dict(model.named_parameters())
+        self._optimizer = self.recipe.adamw(self._parameters.values())
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        return {name: _whole(value.detach()) for name, value in self._parameters.items()}
+
+    def _forward_backward(self, micro_batch: MicroBatch, last: bool) -> Tensor:
+        assert isinstance(self._model, torch.nn.Module)
+        loss = micro_batch.loss(self._model)
+        # fully_shard averages over the world, and the parts of the loss are to be added up.
+        (loss * self.topology.world_size).backward()
+        return loss.detach()
+
+    def _read_gradients(self) -> dict[str, Tensor]:
+        return {
+            name: _whole(value.grad) for name, value in self._parameters.items() if value.grad is not None
+        }
+
+    def _optimizer_step(self) -> tuple[float, bool]:
+        norm = clip_gradients(self._parameters.values(), self.recipe.clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm, False
+
+
+class HSDP(FSDP2):
+    """FSDP2 on a two-dimensional mesh: sharded inside a partition group of neighbouring ranks,
+    replicated across the replication group.
+
+    Gradients are reduce-scattered in the partition group at every micro-step and all-reduced in the
+    replication group at the last one only; dtypes as in FSDP2.
+    """
+
+    def __init__(
+        self,
+        build_model: BuildModel,
+        recipe: Recipe,
+        topology: Topology,
+        options: PartitionOptions,
+    ) -> None:
+        Trainer.__init__(self, recipe, topology)
+        assert options.partition_size is not None, "resolve() fills in the partition size"
+        self.partition_size = options.partition_size
+        shape = (topology.world_size // options.partition_size, options.partition_size)
+        names = ("replicate", "shard")
+        self._start(build_model, init_device_mesh(topology.device.type, shape, mesh_dim_names=names))
+
+    def _forward_backward(self, micro_batch: MicroBatch, last: bool) -> Tensor:
+        self._model.set_requires_all_reduce(last)
+        return super()._forward_backward(micro_batch, last)
+
+
+def _whole(shard: Tensor) -> Tensor:
+    """The complete fp32 tensor on the CPU, gathered in this rank's own partition group: a
+    replicated dimension is not communicated over."""
+    assert isinstance(shard, DTensor)
+    return shard.full_tensor().float().cpu().clone()

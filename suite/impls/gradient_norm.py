@@ -1,0 +1,24 @@
+"""The global gradient norm of parameters that torch itself shards or replicates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> float:
+    """Scales the gradients down to an L2 norm of `limit` where they exceed it; None only measures.
+
+    Returns the norm before clipping. Collective when the parameters are DTensors: the norm is then
+    that of all shards of one replica.
+    """
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = get_total_norm([parameter.grad for parameter in with_gradient if parameter.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if limit is not None:
+        clip_grads_with_norm_(with_gradient, limit, norm)
+    return norm.item()

@@ -1,0 +1,164 @@
+"""The interface behind which every implementation trains: one `Trainer` object per rank.
+
+All methods are collective: every rank calls them, in the same order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class MicroBatch(Protocol):
+    """What one rank sees in one micro-step."""
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """This micro-batch's part of the global loss (fp32 scalar, differentiable).
+
+        It is the sum over its own masked tokens divided by the number of masked tokens in the
+        *global* batch: the parts of all ranks and micro-steps add up to the loss of the step,
+        also when they hold unequal numbers of masked tokens.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all implementations of a comparison share: AdamW, precision, clipping, accumulation.
+
+    `precision` is `fp32` or `bf16` (bf16 compute, fp32 master weights and optimizer states);
+    `clip` is the largest allowed global gradient norm, None for no clipping.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    precision: str = "fp32"
+    clip: float | None = None
+    micro_steps: int = 1
+
+    def adamw(self, parameters: object) -> torch.optim.AdamW:
+        """The optimizer that every implementation that takes one gets."""
+        return torch.optim.AdamW(parameters, **self.adamw_arguments())  # type: ignore[arg-type]
+
+    def adamw_arguments(self) -> dict:
+        return {
+            "lr": self.lr,
+            "betas": self.betas,
+            "eps": self.eps,
+            "weight_decay": self.weight_decay,
+        }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which gathered weights and activations are computed."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this rank stands: ranks are numbered node by node."""
+
+    rank: int
+    world_size: int
+    ranks_per_node: int
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def node(self) -> int:
+        return self.rank // self.ranks_per_node
+
+    @property
+    def local_rank(self) -> int:
+        return self.rank % self.ranks_per_node
+
+    @property
+    def nodes(self) -> int:
+        return self.world_size // self.ranks_per_node
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same on every rank.
+
+    `loss` is the mean over the global batch's masked tokens; `grad_norm` the global L2 norm before
+    clipping; `skipped` says that the optimizer left the parameters alone (an fp16 overflow).
+    """
+
+    loss: float
+    grad_norm: float
+    skipped: bool = False
+
+
+class Trainer(ABC):
+    """One implementation at work on this rank.
+
+    A subclass provides the four `_`-methods; `train_step` is the same for all of them, so that no
+    implementation is timed on a different loop.
+    """
+
+    partition_size: int | None = None
+    """Ranks that together hold one replica of the model states; None where nothing is sharded."""
+
+    def __init__(self, recipe: Recipe, topology: Topology) -> None:
+        self.recipe = recipe
+        self.topology = topology
+        self.keep_gradients = False
+        """Set before a step to make `full_gradients` possible after it (costs time and memory)."""
+        self._gradients: dict[str, Tensor] | None = None
+
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+        """One optimizer step over this rank's micro-batches, `recipe.micro_steps` of them."""
+        loss = torch.zeros((), dtype=torch.float32, device=self.topology.device)
+        for index, micro_batch in enumerate(micro_batches):
+            loss += self._forward_backward(micro_batch, last=index == len(micro_batches) - 1)
+        if self.keep_gradients:
+            self._gradients = self._read_gradients()
+        grad_norm, skipped = self._optimizer_step()
+        dist.all_reduce(loss)
+        return StepResult(loss.item(), grad_norm, skipped)
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Of the last step, before clipping: fp32 on the CPU, averaged over the global batch,
+        complete on every rank, under the model's own parameter names.
+
+        Raises RuntimeError when `keep_gradients` was not set before that step.
+        """
+        if self._gradients is None:
+            raise RuntimeError("set keep_gradients before the step whose gradients are wanted")
+        return self._gradients
+
+    @abstractmethod
+    def full_parameters(self) -> dict[str, Tensor]:
+        """fp32 (master) parameters on the CPU, complete on every rank, under the model's own names.
+
+        A rank answers from its own replica: comparing the answers across ranks shows replicas that
+        have drifted apart.
+        """
+
+    @abstractmethod
+    def _forward_backward(self, micro_batch: MicroBatch, last: bool) -> Tensor:
+        """Forward and backward of one micro-step; `last` is the one after which gradients must be
+        synchronised. Returns the detached, unscaled loss part (scalar)."""
+
+    @abstractmethod
+    def _read_gradients(self) -> dict[str, Tensor]:
+        """`full_gradients`, taken between the last backward and the optimizer."""
+
+    @abstractmethod
+    def _optimizer_step(self) -> tuple[float, bool]:
+        """Clips, steps and clears the gradients; returns (gradient norm, skipped)."""
+
+    def close(self) -> None:  # noqa: B027 (most implementations hold nothing)
+        """Frees what outlives the object (hooks, threads); the process group stays."""
+
+
+BuildModel = Callable[[], nn.Module]
+"""Builds the model with the same initial weights on every rank that calls it."""

@@ -1,0 +1,183 @@
+"""The result records and their file: append-only JSON lines, one finished result per line.
+
+The harness writes them; the reports read them. What could not be measured is None, never 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from suite.errors import UsageError
+
+RUN_SCHEMA = "run/1"
+CHECK_SCHEMA = "check/1"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A repeated measurement, in the unit that its field names."""
+
+    median: float
+    min: float
+    max: float
+    p95: float
+    n: int
+
+    @staticmethod
+    def of(values: Iterable[float]) -> Spread:
+        """Raises ValueError when there is no value."""
+        ordered = sorted(values)
+        if not ordered:
+            raise ValueError("a spread needs at least one value")
+        n = len(ordered)
+        middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+        # Nearest rank: with few repetitions the 95th percentile is the maximum, not an invention.
+        p95 = ordered[max(0, -(-95 * n // 100) - 1)]
+        return Spread(middle, ordered[0], ordered[-1], p95, n)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured run of one implementation; flat enough to be a row of a table.
+
+    Units are in the names: `_s` seconds, `_bytes` bytes, `tflops` 1e12 floating-point operations
+    per second. Bytes are per optimizer step. `losses` and `grad_norms` are in step order, warm-up
+    included. Records with the same `cohort` were timed interleaved in one run and may be compared
+    with each other. `step_times_s` are the raw repetitions behind the spread, in the order they were taken.
+    """
+
+    evidence: str
+    impl: str
+    workload: str
+    testbed: str
+    world_size: int
+    nodes: int
+    ranks_per_node: int
+    partition_size: int | None
+    micro_batch: int
+    micro_steps: int
+    seq_len: int
+    precision: str
+    n_params: int
+    step_time_s: Spread
+    step_times_s: list[float]
+    samples_per_s: float
+    model_tflops_per_gpu: float
+    hardware_tflops_per_gpu: float
+    peak_memory_bytes: int | None
+    inter_node_bytes_per_node: int | None
+    bytes_sent_per_rank: int | None
+    exposed_comm_s: float | None
+    losses: list[float]
+    grad_norms: list[float]
+    noise: dict[str, Any]
+    env: dict[str, Any]
+    config: dict[str, Any]
+    config_hash: str
+    started_at: str
+    cohort: str
+    notes: list[str] = field(default_factory=list)
+    schema: str = RUN_SCHEMA
+
+
+@dataclass(frozen=True)
+class CheckRecord:
+    """An implementation held against the single-process reference.
+
+    Gradients are those of step 1, parameters those after the last step, both in fp32 and compared
+    on every rank; `max_replica_diff` is how far the ranks' own copies of the parameters lie apart.
+    `tolerance` holds the limit for each of the `max_*` fields, `worst` names the parameter behind
+    some of them.
+    """
+
+    impl: str
+    workload: str
+    world_size: int
+    micro_steps: int
+    precision: str
+    steps: int
+    max_abs_grad_diff: float
+    max_rel_grad_diff: float
+    max_abs_param_diff: float
+    max_replica_diff: float
+    max_loss_diff: float
+    max_rel_grad_norm_diff: float
+    tolerance: dict[str, float]
+    ok: bool
+    worst: dict[str, str]
+    env: dict[str, Any]
+    config: dict[str, Any]
+    config_hash: str
+    started_at: str
+    notes: list[str] = field(default_factory=list)
+    schema: str = CHECK_SCHEMA
+
+
+AnyRecord = Record | CheckRecord
+
+
+def to_json(record: AnyRecord) -> str:
+    """One line of JSON. Non-finite numbers become null: JSON has none."""
+    return json.dumps(_finite(asdict(record)), allow_nan=False)
+
+
+def from_json(line: str) -> AnyRecord:
+    """Raises UsageError when the line is not a record of a schema that this version knows."""
+    try:
+        values = json.loads(line)
+        kinds = {RUN_SCHEMA: Record, CHECK_SCHEMA: CheckRecord}
+        kind = kinds[values["schema"]]
+        known = {item.name for item in fields(kind)}
+        values = {key: value for key, value in values.items() if key in known}
+        if kind is Record:
+            values["step_time_s"] = Spread(**values["step_time_s"])
+        return kind(**values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"not a result record ({error}): {line[:80]!r}") from error
+
+
+def append(path: Path, record: AnyRecord) -> None:
+    """Adds one record durably. A line that an earlier crash left unfinished is cut off first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        _cut_unfinished_line(file)
+        file.write(to_json(record).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> list[AnyRecord]:
+    """All finished records; an unfinished last line (a crash while writing) is left out."""
+    if not path.exists():
+        return []
+    text = path.read_bytes()
+    finished = text[: text.rfind(b"\n") + 1]
+    records: list[AnyRecord] = []
+    for number, line in enumerate(finished.decode().splitlines(), 1):
+        try:
+            records.append(from_json(line))
+        except UsageError as error:
+            raise UsageError(f"{path}, line {number}: {error}") from error
+    return records
+
+
+def _cut_unfinished_line(file: Any) -> None:
+    file.seek(0)
+    content = file.read()
+    file.truncate(content.rfind(b"\n") + 1)
+    file.seek(0, os.SEEK_END)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value

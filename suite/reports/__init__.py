@@ -1,0 +1,1 @@
+"""Judges: records in, tables, figures and claims out."""

@@ -1,0 +1,58 @@
+"""What a testbed offers: ranks that run one program, and calls that reach all of them at once."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """What a rank knows when its program starts; the process group is already initialised."""
+
+    rank: int
+    world_size: int
+    ranks_per_node: int
+    device: torch.device
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+Program = Callable[[RankContext], Any]
+"""Called once on every rank; the object that it returns then answers `Ranks.call` on that rank."""
+
+
+class Ranks(Protocol):
+    """Running ranks. Only the process that launched them may call."""
+
+    def call(self, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
+        """Runs that method of every rank's program object, on all ranks at the same time.
+
+        Returns the answers in rank order. Raises RankError when a rank raised (with its traceback),
+        died, or has not answered within `timeout_s` (with its stack); all ranks have ended then.
+        """
+        ...
+
+    def pids(self) -> list[int]:
+        """Process ids in rank order, for accounting."""
+        ...
+
+
+class Testbed(ABC):
+    """A place where ranks can run."""
+
+    __test__ = False
+
+    evidence: str
+    """What a number taken here is: `measured`, `emulated` or `projected`."""
+
+    @abstractmethod
+    def launch(self, program: Program, startup_timeout_s: float) -> AbstractContextManager[Ranks]:
+        """Starts `program` on every rank; leaving the context ends all of them, whatever happened."""
