@@ -29,7 +29,9 @@ FP32_TOLERANCE = {
     "max_abs_param_diff": 2e-5,
     "max_replica_diff": 0.0,
     "max_loss_diff": 1e-5,
-    "max_rel_grad_norm_diff": 1e-5,
+    # torch.linalg.vector_norm over millions of fp32 numbers is itself off by 4e-4 on the CPU
+    # (docs/findings.md), and most implementations take their norm with it.
+    "max_rel_grad_norm_diff": 1e-3,
 }
 BF16_FACTOR = 3.0
 """bf16 rounds to 8 bits, so no fixed limit fits all models and depths. The limit is computed: this

@@ -11,7 +11,7 @@ from suite.errors import unknown
 from suite.impls import registry
 from suite.testbeds.local import LocalTestbed
 from suite.testbeds.testbed import RankContext, Ranks, Testbed
-from suite.workloads import data
+from suite.workloads import data, models
 
 TESTBEDS = ("local",)
 
@@ -31,7 +31,8 @@ def prepare(config: Config) -> None:
     """
     testbed_of(config)
     registry.parse_options(config.impl.name, config.impl.options, config.world_size, config.ranks_per_node)
-    data.prepare(config.workload)
+    data.prepare(config.workload, config.global_batch)
+    models.preload(config.workload.model)
     registry.preload(config.impl.name)
 
 

@@ -15,6 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
+CPU = torch.device("cpu")
+
+
 class MicroBatch(Protocol):
     """What one rank sees in one micro-step."""
 
@@ -69,7 +72,7 @@ class Topology:
     rank: int
     world_size: int
     ranks_per_node: int
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @property
     def node(self) -> int:

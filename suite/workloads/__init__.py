@@ -1,0 +1,1 @@
+"""What is trained: models, text, FLOPs and the reference run."""
