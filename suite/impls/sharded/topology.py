@@ -1,0 +1,76 @@
+"""Who holds what: partition groups, replication groups and shard order, as pure arithmetic.
+
+Ranks are numbered node by node. A partition group is a run of consecutive ranks that together hold
+one replica of the model states; a replication group is the ranks that hold the same shard (S2,
+"Scale-aware model partitioning").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PartitionTopology:
+    """Groups for `world_size` ranks on nodes of `ranks_per_node`, sharded over `partition_size` ranks.
+
+    Raises ValueError when the partition size does not divide the world, or the nodes do not fill it.
+    """
+
+    world_size: int
+    ranks_per_node: int
+    partition_size: int
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("ranks_per_node", self.ranks_per_node),
+            ("partition_size", self.partition_size),
+        ):
+            if value < 1 or self.world_size % value:
+                raise ValueError(f"{name}={value} does not divide world_size={self.world_size}")
+
+    @property
+    def replicas(self) -> int:
+        """How many copies of the model states the world holds."""
+        return self.world_size // self.partition_size
+
+    @property
+    def nodes_per_group(self) -> int:
+        """Nodes that a partition group spans when it fills whole nodes, else 1."""
+        return self.partition_size // self.ranks_per_node if self.fills_nodes else 1
+
+    @property
+    def fills_nodes(self) -> bool:
+        """Whether a partition group is made of several whole nodes: what hierarchical collectives need."""
+        return self.partition_size > self.ranks_per_node and self.partition_size % self.ranks_per_node == 0
+
+    def shard_index(self, rank: int) -> int:
+        """Which shard this rank holds, 0 .. partition_size - 1.
+
+        In a group of n nodes x k local ranks it is `local_rank * n + node`: then what the ranks of
+        equal local rank hold together is one contiguous segment, so that the inter-node stage of a
+        hierarchical all-gather delivers that segment in place and the intra-node stage the whole,
+        with no re-arrangement copy between them.
+        """
+        position = rank % self.partition_size
+        if not self.fills_nodes:
+            return position
+        node, local_rank = divmod(position, self.ranks_per_node)
+        return local_rank * self.nodes_per_group + node
+
+    def partition_group(self, rank: int) -> list[int]:
+        """The ranks of this rank's partition group, in shard order."""
+        first = rank - rank % self.partition_size
+        return sorted(range(first, first + self.partition_size), key=self.shard_index)
+
+    def replication_group(self, rank: int) -> list[int]:
+        """The ranks that hold the same shard as this one, in rank order."""
+        return list(range(rank % self.partition_size, self.world_size, self.partition_size))
+
+    def partition_groups(self) -> list[list[int]]:
+        """All partition groups, each in shard order."""
+        return [self.partition_group(first) for first in range(0, self.world_size, self.partition_size)]
+
+    def replication_groups(self) -> list[list[int]]:
+        """All replication groups, each in rank order."""
+        return [self.replication_group(rank) for rank in range(self.partition_size)]

@@ -1,0 +1,270 @@
+"""Units, buckets and arenas: how a model's parameters become shards of flat buffers.
+
+A *unit* is what is gathered and released together, normally one transformer block. Its parameters
+lie in *buckets*, the flat buffers that collectives move: one for all (or, uncoalesced, one per
+parameter), frozen parameters apart. All of a rank's shards of one kind (master weights, compute
+copy, gradients) lie in one *arena*.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 64
+"""Shards are a multiple of this many elements: 128 bytes or more, as wide loads like it."""
+
+
+@dataclass
+class Slot:
+    """A parameter's place in its bucket: elements [offset, offset + numel) of the flat buffer."""
+
+    name: str
+    parameter: nn.Parameter
+    offset: int
+    numel: int
+    shape: torch.Size
+
+
+@dataclass
+class Bucket:
+    """A flat buffer of `partition_size * shard_numel` elements, of which this rank keeps one shard.
+
+    `full` always is the same tensor and its storage is what comes and goes: autograd saves views of
+    gathered weights, and a view must see the weights again when its unit is gathered for backward.
+    """
+
+    slots: list[Slot]
+    shard_numel: int
+    trainable: bool
+    full: Tensor
+    """Compute dtype, [partition_size * shard_numel]; without memory while released."""
+    master: Tensor = field(init=False)
+    """fp32 [shard_numel], what the optimizer updates."""
+    compute: Tensor = field(init=False)
+    """[shard_numel] in the compute dtype, what is gathered; the master itself in fp32."""
+    gradient: Tensor | None = field(init=False, default=None)
+    """fp32 [shard_numel], the sum over micro-steps so far; None when frozen."""
+    has_gradient: bool = field(init=False, default=False)
+    """Whether `gradient` holds something of this step, rather than of the last."""
+
+    @property
+    def numel(self) -> int:
+        """Elements that parameters cover; the rest of the buffer is padding."""
+        return sum(slot.numel for slot in self.slots)
+
+    @property
+    def nbytes(self) -> int:
+        return self.full.numel() * self.full.element_size()
+
+    @property
+    def resident(self) -> bool:
+        """Whether the shard is the whole buffer, so that nothing ever has to be gathered."""
+        return self.full is self.compute
+
+    def allocate(self) -> None:
+        if not self.resident:
+            self.full.untyped_storage().resize_(self.nbytes)
+
+    def free(self) -> None:
+        if not self.resident:
+            self.full.untyped_storage().resize_(0)
+
+    @property
+    def allocated(self) -> bool:
+        return self.full.untyped_storage().size() > 0
+
+
+@dataclass
+class Unit:
+    """The parameters of `module` that no inner unit owns."""
+
+    index: int
+    name: str
+    module: nn.Module
+    buckets: list[Bucket]
+
+    @property
+    def nbytes(self) -> int:
+        """Gathered size."""
+        return sum(bucket.nbytes for bucket in self.buckets)
+
+    @property
+    def slots(self) -> Iterator[Slot]:
+        return (slot for bucket in self.buckets for slot in bucket.slots)
+
+    @property
+    def trainable_slots(self) -> list[Slot]:
+        return [slot for bucket in self.buckets if bucket.trainable for slot in bucket.slots]
+
+
+def find_unit_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules to gather one by one: the children of every outermost `ModuleList` (the blocks of
+    any stack). What no child owns goes with the model itself, the root unit."""
+    blocks: list[nn.Module] = []
+    stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    for name, stack in stacks:
+        inside = any(name.startswith(other + ".") for other, _ in stacks if other != name)
+        if not inside:
+            blocks += [child for child in stack if any(True for _ in child.parameters())]
+    return blocks
+
+
+def name_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Each shared parameter once, under the name that torch itself gives it."""
+    return dict(model.named_parameters())
+
+
+def assign_parameters(model: nn.Module, modules: Sequence[nn.Module]) -> list[tuple[nn.Module, list[str]]]:
+    """Which parameters each unit owns: the root (the model itself) first, then `modules` in order.
+
+    A parameter that several units use (tied embeddings) belongs to the root, which is gathered for
+    as long as any of them runs.
+    """
+    owners: dict[nn.Parameter, set[int]] = {}
+    for index, module in enumerate(modules, 1):
+        for parameter in module.parameters():
+            owners.setdefault(parameter, set()).add(index)
+    inner = {parameter for module in modules for parameter in module.parameters()}
+    used_outside = set()
+    inside = {id(part) for module in modules for part in module.modules()}
+    for part in model.modules():
+        if id(part) not in inside:
+            used_outside.update(part.parameters(recurse=False))
+    assigned: list[tuple[nn.Module, list[str]]] = [(model, []), *((module, []) for module in modules)]
+    for name, parameter in name_parameters(model).items():
+        users = owners.get(parameter, set())
+        shared = len(users) != 1 or parameter in used_outside or parameter not in inner
+        assigned[0 if shared else next(iter(users))][1].append(name)
+    return [(module, names) for module, names in assigned if names]
+
+
+def build_units(
+    model: nn.Module,
+    modules: Sequence[nn.Module],
+    partition_size: int,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    coalesced: bool,
+    order: Sequence[nn.Parameter],
+) -> list[Unit]:
+    """The units of a model, with buckets laid out and nothing moved yet.
+
+    `order` says in which order parameters of one unit lie (those of one optimizer group together).
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    parameters = name_parameters(model)
+    place = {id(parameter): index for index, parameter in enumerate(order)}
+    units = []
+    for module, owned in assign_parameters(model, modules):
+        ordered = sorted(owned, key=lambda name: place.get(id(parameters[name]), len(place)))
+        buckets = [
+            _layout(members, parameters, partition_size, compute_dtype, device)
+            for members in _groups(ordered, parameters, coalesced)
+        ]
+        units.append(Unit(len(units), names[id(module)] or "root", module, buckets))
+    return units
+
+
+def _groups(
+    names: Sequence[str], parameters: dict[str, nn.Parameter], coalesced: bool
+) -> Iterable[list[str]]:
+    """Which parameters share a bucket."""
+    if not coalesced:
+        return [[name] for name in names]
+    trainable = [name for name in names if parameters[name].requires_grad]
+    frozen = [name for name in names if not parameters[name].requires_grad]
+    return [group for group in (trainable, frozen) if group]
+
+
+def _layout(
+    names: Sequence[str],
+    parameters: dict[str, nn.Parameter],
+    partition_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Bucket:
+    slots, offset = [], 0
+    for name in names:
+        parameter = parameters[name]
+        if not parameter.is_floating_point():
+            warnings.warn(f"parameter {name} is {parameter.dtype}; it is computed in {dtype}", stacklevel=2)
+        slots.append(Slot(name, parameter, offset, parameter.numel(), parameter.shape))
+        offset += parameter.numel()
+    shard_numel = -(-offset // (partition_size * ALIGNMENT)) * ALIGNMENT
+    full = torch.empty(partition_size * shard_numel, dtype=dtype, device=device)
+    full.untyped_storage().resize_(0)
+    return Bucket(slots, shard_numel, parameters[names[0]].requires_grad, full)
+
+
+class Arena:
+    """All shards of one kind; contiguous (one allocation) unless told otherwise.
+
+    Moving everything that persists into one buffer at initialisation keeps it from fragmenting the
+    memory between the buffers that come and go (S1, "initialization-time defragmentation").
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device, contiguous: bool
+    ) -> None:
+        if contiguous:
+            whole = torch.zeros(sum(sizes), dtype=dtype, device=device)
+            self.tensors = [whole]
+            self.shards = list(whole.split(list(sizes)))
+        else:
+            self.shards = [torch.zeros(size, dtype=dtype, device=device) for size in sizes]
+            self.tensors = self.shards
+
+    def copy_from(self, other: Arena) -> None:
+        """Element by element, casting: one kernel per allocation."""
+        torch._foreach_copy_(self.tensors, other.tensors)
+
+
+@dataclass(frozen=True)
+class Arenas:
+    """A rank's model states but for the optimizer's own."""
+
+    master: Arena
+    compute: Arena
+    gradient: Arena
+
+
+def build_arenas(units: Sequence[Unit], contiguous: bool) -> Arenas:
+    """Allocates the arenas and binds every bucket to its shards."""
+    buckets = [bucket for unit in units for bucket in unit.buckets]
+    # Trainable shards first: then the gradients' arena runs in step with the masters'.
+    buckets.sort(key=lambda bucket: not bucket.trainable)
+    dtype, device = buckets[0].full.dtype, buckets[0].full.device
+    sizes = [bucket.shard_numel for bucket in buckets]
+    trainable = [bucket for bucket in buckets if bucket.trainable]
+    master = Arena(sizes, torch.float32, device, contiguous)
+    compute = master if dtype is torch.float32 else Arena(sizes, dtype, device, contiguous)
+    gradient = Arena([bucket.shard_numel for bucket in trainable], torch.float32, device, contiguous)
+    for bucket, own, low in zip(buckets, master.shards, compute.shards, strict=True):
+        bucket.master, bucket.compute = own, low
+    for bucket, shard in zip(trainable, gradient.shards, strict=True):
+        bucket.gradient = shard
+    return Arenas(master, compute, gradient)
+
+
+def take_over(unit: Unit, index: int) -> None:
+    """Moves a unit's parameters into the shards: afterwards this rank holds shard `index` of them,
+    and the parameters are views of the (released) full buffers."""
+    for bucket in unit.buckets:
+        flat = torch.zeros(bucket.full.numel(), dtype=torch.float32, device=bucket.full.device)
+        for slot in bucket.slots:
+            flat.narrow(0, slot.offset, slot.numel).copy_(slot.parameter.detach().reshape(-1))
+        bucket.master.copy_(flat.narrow(0, index * bucket.shard_numel, bucket.shard_numel))
+        if bucket.compute is not bucket.master:
+            bucket.compute.copy_(bucket.master)
+        if len(bucket.compute) == len(bucket.full):
+            # A partition group of one rank: the shard is the whole, nothing comes and goes.
+            bucket.full = bucket.compute
+        bucket.allocate()
+        for slot in bucket.slots:
+            slot.parameter.data = bucket.full.narrow(0, slot.offset, slot.numel).view(slot.shape)
+        bucket.free()

@@ -1,0 +1,53 @@
+"""Optimised ZeRO-3: the engine with one partition group, the world."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+from suite.impls.sharded.engine import Engine, make_collectives
+from suite.impls.sharded.options import EngineOptions
+from suite.impls.sharded.units import find_unit_modules
+from suite.impls.trainer import BuildModel, MicroBatch, Recipe, Topology, Trainer
+
+
+class Zero3(Trainer):
+    """Parameters, gradients and optimizer states sharded over the world (S1).
+
+    bf16: weights are gathered and gradients sent in bf16; a shard's gradients are added up in fp32;
+    masters and AdamW states are fp32.
+    """
+
+    def __init__(
+        self, build_model: BuildModel, recipe: Recipe, topology: Topology, options: EngineOptions
+    ) -> None:
+        super().__init__(recipe, topology)
+        self.partition_size = topology.world_size
+        model = build_model().to(topology.device)
+        self.engine = Engine(
+            model,
+            recipe.adamw(model.parameters()),
+            find_unit_modules(model),
+            make_collectives(dist.group.WORLD, topology.rank, topology.world_size, options),
+            recipe.dtype,
+            topology.device,
+            options,
+            recipe.clip,
+        )
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        return dict(self.engine.full_parameters())
+
+    def _forward_backward(self, micro_batch: MicroBatch, last: bool) -> Tensor:
+        loss = micro_batch.loss(self.engine.model)
+        self.engine.backward(loss)
+        return loss.detach()
+
+    def _read_gradients(self) -> dict[str, Tensor]:
+        return dict(self.engine.full_gradients())
+
+    def _optimizer_step(self) -> tuple[float, bool]:
+        return self.engine.step().item(), False
+
+    def close(self) -> None:
+        self.engine.close()
