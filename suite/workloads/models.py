@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from typing import Any
 
@@ -31,6 +32,16 @@ def build_model(model: ModelConfig, seed: int, activation_checkpointing: bool = 
         # Not torch.manual_seed, which would also reseed the accelerators that fork_rng leaves alone.
         torch.default_generator.manual_seed(seed)
         return _construct(model, activation_checkpointing)
+
+
+def preload(model: ModelConfig) -> None:
+    """Imports what `build_model` needs, seconds that forked ranks then find already paid.
+
+    Raises UsageError for an unknown family.
+    """
+    if model.family not in FAMILIES:
+        raise unknown("workload.model.family", model.family, FAMILIES)
+    importlib.import_module(f"transformers.models.{model.family}.modeling_{model.family}")
 
 
 def meta_model(model: ModelConfig) -> nn.Module:

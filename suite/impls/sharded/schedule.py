@@ -8,7 +8,7 @@ from them `plan` derives all actions once, and later micro-steps only index them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -90,6 +90,14 @@ class Residency:
         self.present = set(resident)
         self.ahead: set[int] = set()
         """Gathered, or on their way, but not used yet."""
+        self.in_use: set[int] = set()
+        """Between the begin and the end of their forward or backward; units may be nested."""
+
+    def observe(self, event: Event) -> None:
+        if event.phase.needs_weights:
+            self.in_use.add(event.unit)
+        else:
+            self.in_use.discard(event.unit)
 
     def apply(self, action: Action) -> None:
         if action.op is Op.GATHER:
@@ -115,16 +123,17 @@ def decide(
         residency.apply(action)
         actions.append(action)
 
+    residency.observe(event)
     if event.phase.needs_weights:
         if event.unit not in residency.present:
             do(Op.GATHER, event.unit)
         do(Op.WAIT, event.unit)
-        for units in _prefetches(upcoming, residency, unit_bytes, limits):
+        for units in _prefetches(event.unit, upcoming, residency, unit_bytes, limits):
             do(Op.GATHER, *units)
     elif event.phase is Phase.BACKWARD_END:
         do(Op.REDUCE, event.unit)
         do(Op.RELEASE, event.unit)
-    elif not _used_next(event.unit, upcoming):
+    elif not _used_next(event.unit, upcoming, residency):
         do(Op.RELEASE, event.unit)
     return tuple(actions)
 
@@ -142,34 +151,45 @@ def plan(
 
 
 def _prefetches(
-    upcoming: Sequence[Event], residency: Residency, unit_bytes: Sequence[int], limits: Limits
+    current: int,
+    upcoming: Sequence[Event],
+    residency: Residency,
+    unit_bytes: Sequence[int],
+    limits: Limits,
 ) -> list[tuple[int, ...]]:
     """Units to gather ahead, in the order of their use; each tuple is one call."""
     in_flight = sum(unit_bytes[unit] for unit in residency.ahead)
     calls: list[list[int]] = []
-    chosen: set[int] = set()
-    for event in upcoming:
-        if not event.phase.needs_weights or event.unit in residency.present or event.unit in chosen:
+    seen, last = {current}, current
+    for unit in _needed(upcoming, residency.in_use - {current}):
+        if unit in seen and unit != last:
+            break  # released between its two uses: it cannot be fetched yet, and nothing may pass it
+        seen.add(unit)
+        last = unit
+        if unit in residency.present or any(unit in call for call in calls):
             continue
-        size = unit_bytes[event.unit]
-        if in_flight and in_flight + size > limits.in_flight_bytes or not limits.in_flight_bytes:
+        size = unit_bytes[unit]
+        if not limits.in_flight_bytes or (in_flight and in_flight + size > limits.in_flight_bytes):
             break
-        if calls and sum(unit_bytes[unit] for unit in calls[-1]) + size <= limits.coalesce_bytes:
-            calls[-1].append(event.unit)
+        if calls and sum(unit_bytes[other] for other in calls[-1]) + size <= limits.coalesce_bytes:
+            calls[-1].append(unit)
         else:
-            calls.append([event.unit])
-        chosen.add(event.unit)
+            calls.append([unit])
         in_flight += size
     return [tuple(call) for call in calls]
 
 
-def _used_next(unit: int, upcoming: Sequence[Event]) -> bool:
-    """Whether the next weights that are needed are this unit's: releasing them would be for nothing.
+def _used_next(unit: int, upcoming: Sequence[Event], residency: Residency) -> bool:
+    """Whether this unit's weights are the next to be needed: releasing them would be for nothing.
 
     With nothing known to follow, a unit is kept out of memory rather than in it.
     """
-    following = next((event for event in upcoming if event.phase.needs_weights), None)
-    return following is not None and following.unit == unit
+    return next(_needed(upcoming, residency.in_use), None) == unit
+
+
+def _needed(upcoming: Sequence[Event], in_use: set[int]) -> Iterator[int]:
+    """The units whose weights will be needed, in that order, but for those that are in use all along."""
+    return (event.unit for event in upcoming if event.phase.needs_weights and event.unit not in in_use)
 
 
 class Scheduler:
@@ -226,6 +246,7 @@ class Scheduler:
         self.rerecorded += 1
         self._plan = None
         self._residency = Residency(self._resident)
-        for actions in plan.actions[:position]:
+        for event, actions in zip(plan.events[:position], plan.actions[:position], strict=True):
+            self._residency.observe(event)
             for action in actions:
                 self._residency.apply(action)

@@ -1,0 +1,131 @@
+"""Every kind of collective against plain arithmetic, over world sizes, odd sizes, holes and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from suite.impls.sharded.collectives import (
+    AloneCollectives,
+    Collectives,
+    DirectCollectives,
+    FlatteningCollectives,
+    NativeCollectives,
+    Reduction,
+)
+from suite.testbeds.local import LocalRanks, LocalTestbed
+from suite.testbeds.testbed import RankContext
+
+KINDS: dict[str, type[Collectives]] = {
+    kind.__name__: kind for kind in (DirectCollectives, NativeCollectives, FlatteningCollectives)
+}
+Layout = Sequence[tuple[int, int]]
+"""(offset, size) of the pieces of a flat buffer; what lies between them is padding."""
+
+
+def values(rank: int, number: int, numel: int, dtype: torch.dtype) -> Tensor:
+    """Small whole numbers: their sums are exact in every dtype, so results can be compared exactly."""
+    generator = torch.Generator().manual_seed(1000 * rank + number)
+    return torch.randint(-8, 9, (numel,), generator=generator).to(dtype)
+
+
+class Program:
+    def __init__(self, context: RankContext) -> None:
+        self._rank = context.rank
+        self._size = context.world_size
+
+    def _collectives(self, kind: str) -> Collectives:
+        return (KINDS[kind] if self._size > 1 else AloneCollectives)(dist.group.WORLD, self._rank, self._size)
+
+    def all_gather(self, kind: str, sizes: Sequence[int], dtype: torch.dtype) -> bool:
+        shards = [values(self._rank, number, numel, dtype) for number, numel in enumerate(sizes)]
+        fulls = [torch.full((self._size * numel,), torch.nan, dtype=dtype) for numel in sizes]
+        self._collectives(kind).all_gather(fulls, shards).wait()
+        return all(
+            torch.equal(full, torch.cat([values(rank, number, numel, dtype) for rank in range(self._size)]))
+            for number, (full, numel) in enumerate(zip(fulls, sizes, strict=True))
+        )
+
+    def reduce_scatter(
+        self, kind: str, shard_numel: int, layout: Layout, dtype: torch.dtype, accumulate: bool
+    ) -> bool:
+        before = values(self._rank, 99, shard_numel, torch.float32)
+        shard = before.clone() if accumulate else torch.full((shard_numel,), torch.nan)
+        addends = [self._addend(rank, shard_numel, layout, dtype) for rank in range(self._size)]
+        pieces = [
+            (offset, addends[self._rank].narrow(0, offset, numel).clone()) for offset, numel in layout
+        ]
+        item = Reduction(shard, pieces, accumulate)
+        self._collectives(kind).reduce_scatter([item]).wait()
+        total = torch.stack([addend.float() for addend in addends]).sum(0)
+        expected = total.narrow(0, self._rank * shard_numel, shard_numel)
+        return torch.equal(shard, expected + before if accumulate else expected)
+
+    def _addend(self, rank: int, shard_numel: int, layout: Layout, dtype: torch.dtype) -> Tensor:
+        flat = torch.zeros(self._size * shard_numel, dtype=dtype)
+        for number, (offset, numel) in enumerate(layout):
+            flat.narrow(0, offset, numel).copy_(values(rank, number, numel, dtype))
+        return flat
+
+    def two_in_flight(self, kind: str) -> bool:
+        """A gather is started before the reduction before it is over, and waited for first."""
+        collectives = self._collectives(kind)
+        shard, full = torch.empty(5), torch.empty(5 * self._size)
+        pieces = [(0, torch.ones(5 * self._size))]
+        reduction = collectives.reduce_scatter([Reduction(shard, pieces)])
+        gather = collectives.all_gather([full], [torch.full((5,), float(self._rank))])
+        gather.wait()
+        reduction.wait()
+        expected = torch.arange(self._size).repeat_interleave(5).float()
+        return torch.equal(full, expected) and torch.equal(shard, torch.full((5,), float(self._size)))
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3, 4, 5, 8])
+def ranks(request: pytest.FixtureRequest) -> Iterator[LocalRanks]:
+    with LocalTestbed(request.param, request.param).launch(Program, 60) as running:
+        yield running
+
+
+quick = settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+kinds = st.sampled_from(sorted(KINDS))
+dtypes = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+@quick
+@given(kind=kinds, sizes=st.lists(st.integers(1, 70), min_size=1, max_size=4), dtype=dtypes)
+def test_all_gather_puts_every_shard_in_its_place(
+    ranks: LocalRanks, kind: str, sizes: list[int], dtype: torch.dtype
+) -> None:
+    assert all(ranks.call("all_gather", kind, sizes, dtype, timeout_s=30))
+
+
+@st.composite
+def layouts(draw: st.DrawFn, numel: int) -> Layout:
+    """Pieces in order, with holes, of any sizes, inside `numel` elements; some empty."""
+    cuts = sorted(draw(st.lists(st.integers(0, numel), min_size=0, max_size=8)))
+    return [(begin, end - begin) for begin, end in zip(cuts[::2], cuts[1::2], strict=False)]
+
+
+@quick
+@given(data=st.data(), kind=kinds, dtype=dtypes, accumulate=st.booleans())
+def test_reduce_scatter_sums_pieces_where_they_lie_and_leaves_padding_zero(
+    ranks: LocalRanks, data: st.DataObject, kind: str, dtype: torch.dtype, accumulate: bool
+) -> None:
+    shard_numel = data.draw(st.integers(1, 40))
+    layout = data.draw(layouts(shard_numel * len(ranks.pids())))
+    assert all(
+        ranks.call("reduce_scatter", kind, shard_numel, layout, dtype, accumulate, timeout_s=30)
+    )
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_collectives_may_overlap_and_be_waited_for_in_any_order(ranks: LocalRanks, kind: str) -> None:
+    assert all(ranks.call("two_in_flight", kind, timeout_s=30))

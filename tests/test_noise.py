@@ -1,0 +1,40 @@
+"""The noise figure: other processes count against a measurement, our own do not."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+
+from suite.harness.noise import CpuReading, noise_between, read_cpu
+
+
+def spin(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
+def test_a_busy_process_of_others_is_noise_and_one_of_ours_is_not() -> None:
+    before = read_cpu([])
+    process = multiprocessing.get_context("fork").Process(target=spin, args=(1.0,))
+    process.start()
+    assert process.pid is not None
+    ours_before = read_cpu([process.pid])
+    time.sleep(0.8)
+    as_ours = noise_between(ours_before, read_cpu([process.pid]), 1)
+    as_others = noise_between(before, read_cpu([]), 1)
+    process.join()
+    one_core = 1 / (os.cpu_count() or 1)
+    assert as_others.others > 0.5 * one_core
+    assert as_ours.ours > 0.5 * one_core
+    assert as_ours.others < as_others.others
+
+
+def test_a_measurement_is_noisy_beyond_the_limit_with_stolen_time_counted() -> None:
+    cores = os.cpu_count() or 1
+    start = CpuReading(at_s=0, busy_s=0, steal_s=0, ours_s=0)
+    quiet = CpuReading(at_s=10, busy_s=9.5 * cores, steal_s=0, ours_s=9 * cores)
+    stolen = CpuReading(at_s=10, busy_s=9.5 * cores, steal_s=1 * cores, ours_s=9 * cores)
+    assert not noise_between(start, quiet, 1).noisy
+    assert noise_between(start, stolen, 1).noisy
