@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -17,6 +18,9 @@ from rich.table import Table
 from suite.config import Config, load
 from suite.errors import RankError, SuiteError, UsageError
 from suite.records import AnyRecord, CheckRecord, append, read, to_json
+
+if TYPE_CHECKING:  # importing the harness takes seconds, which a wrong option need not pay
+    from suite.harness.sweep import Progress
 
 OUT = Path("results")
 
@@ -137,13 +141,13 @@ def _overrides(words: Sequence[str]) -> dict[str, object]:
 
 
 @contextmanager
-def _progress_bar() -> Iterator[object]:
+def _progress_bar() -> Iterator[Callable[[Progress], None]]:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
     with Bar(*columns, TextColumn("{task.description}"), console=stderr) as bar:
         task = bar.add_task("starting", total=None, left="")
         last = ""
 
-        def observe(progress: object) -> None:
+        def observe(progress: Progress) -> None:
             nonlocal last
             left = f"{progress.left_s / 60:.1f} min left" if progress.left_s is not None else ""
             bar.update(

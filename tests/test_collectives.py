@@ -58,9 +58,7 @@ class Program:
         before = values(self._rank, 99, shard_numel, torch.float32)
         shard = before.clone() if accumulate else torch.full((shard_numel,), torch.nan)
         addends = [self._addend(rank, shard_numel, layout, dtype) for rank in range(self._size)]
-        pieces = [
-            (offset, addends[self._rank].narrow(0, offset, numel).clone()) for offset, numel in layout
-        ]
+        pieces = [(offset, addends[self._rank].narrow(0, offset, numel).clone()) for offset, numel in layout]
         item = Reduction(shard, pieces, accumulate)
         self._collectives(kind).reduce_scatter([item]).wait()
         total = torch.stack([addend.float() for addend in addends]).sum(0)
@@ -92,9 +90,7 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[LocalRanks]:
         yield running
 
 
-quick = settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+quick = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 kinds = st.sampled_from(sorted(KINDS))
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 
@@ -121,9 +117,7 @@ def test_reduce_scatter_sums_pieces_where_they_lie_and_leaves_padding_zero(
 ) -> None:
     shard_numel = data.draw(st.integers(1, 40))
     layout = data.draw(layouts(shard_numel * len(ranks.pids())))
-    assert all(
-        ranks.call("reduce_scatter", kind, shard_numel, layout, dtype, accumulate, timeout_s=30)
-    )
+    assert all(ranks.call("reduce_scatter", kind, shard_numel, layout, dtype, accumulate, timeout_s=30))
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

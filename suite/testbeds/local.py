@@ -246,7 +246,7 @@ class LocalTestbed(Testbed):
             is_master=number == 0,
             timeout=timedelta(seconds=60),
             wait_for_workers=False,
-            **({"master_listen_fd": listener.detach()} if number == 0 else {}),
+            master_listen_fd=listener.detach() if number == 0 else None,
         )
         dist.init_process_group(backend, store=store, rank=number, world_size=self.ranks)
         return RankContext(number, self.ranks, self.ranks_per_node, device)

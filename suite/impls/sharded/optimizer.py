@@ -68,7 +68,7 @@ def _extend(ranges: list[Range], new: Range) -> None:
 
 
 def _address(bucket: Bucket) -> tuple[int, int]:
-    return bucket.master.untyped_storage().data_ptr(), bucket.master.storage_offset()
+    return bucket.master.untyped_storage().data_ptr(), int(bucket.master.storage_offset())
 
 
 def _owned(bucket: Bucket, index: int) -> list[tuple[int, int, nn.Parameter]]:

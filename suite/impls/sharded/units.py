@@ -130,7 +130,7 @@ def assign_parameters(model: nn.Module, modules: Sequence[nn.Module]) -> list[tu
         for parameter in module.parameters():
             owners.setdefault(parameter, set()).add(index)
     inner = {parameter for module in modules for parameter in module.parameters()}
-    used_outside = set()
+    used_outside: set[nn.Parameter] = set()
     inside = {id(part) for module in modules for part in module.modules()}
     for part in model.modules():
         if id(part) not in inside:
@@ -159,7 +159,7 @@ def build_units(
     names = {id(module): name for name, module in model.named_modules()}
     parameters = name_parameters(model)
     place = {id(parameter): index for index, parameter in enumerate(order)}
-    units = []
+    units: list[Unit] = []
     for module, owned in assign_parameters(model, modules):
         ordered = sorted(owned, key=lambda name: place.get(id(parameters[name]), len(place)))
         buckets = [

@@ -1,0 +1,237 @@
+"""Writes the report: one self-contained HTML page, `claims.json`, and the figures as files."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from suite.errors import UsageError
+from suite.records import AnyRecord
+from suite.reports import tables
+from suite.reports.claims import NOT_TESTABLE, VERDICTS, judge, write_claims
+from suite.reports.cohorts import (
+    FLOOR,
+    NO_DIFFERENCE_RULE,
+    Cohort,
+    checks_of,
+    device,
+    group_cohorts,
+    moment,
+    runs_of,
+)
+from suite.reports.plots import Plot, cohort_plots, implementation_plot, styles_for
+from suite.reports.published import INSTANCES, NUMBERS, SOURCES
+
+INDEX = "index.html"
+CLAIMS = "claims.json"
+FIGURES = "figures"
+BRIEF_UNITS = (
+    "Median and range of a step; FLOPS are the model's, per rank; ÷ ddp is the ratio of the step times, "
+    "≈ where their ranges overlap: no difference."
+)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a reader should know about an implementation; `limits` says what it cannot do on the
+    backend that it ran on, `shims` what was changed to make it run at all, one sentence each."""
+
+    name: str
+    summary: str
+    limits: str = ""
+    shims: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CohortSection:
+    """A cohort with everything that is shown of it."""
+
+    cohort: Cohort
+    throughput: tables.Table
+    resources: tables.Table
+    fidelity: tables.Table
+    plots: tuple[Plot, ...]
+
+
+@dataclass(frozen=True)
+class ImplSection:
+    """An implementation with everything that is shown of it; `plot` is None without timed runs."""
+
+    description: Description
+    table: tables.Table
+    checks: tables.Table
+    plot: Plot | None
+
+
+def build_report(
+    records: Sequence[AnyRecord], out: Path, descriptions: Mapping[str, Description] | None = None
+) -> Path:
+    """Writes `out/index.html`, `out/claims.json` and `out/figures/`; returns the page's path.
+
+    An earlier report in `out` is replaced as a whole when the new one is complete. Raises UsageError
+    when there are no records, or when `out` holds something that is not a report.
+    """
+    if not records:
+        raise UsageError("there are no records to report on; run `suite sweep` first")
+    _require_ours(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
+        new = Path(aside) / "new"
+        _write(records, new, descriptions or {})
+        if out.exists():
+            out.rename(Path(aside) / "old")
+        new.rename(out)
+    return out / INDEX
+
+
+def terminal_table(records: Sequence[AnyRecord]) -> RenderableType:
+    """The main tables for a terminal: step time and throughput per cohort, then the checks."""
+    parts: list[RenderableType] = []
+    for cohort in group_cohorts(records):
+        parts += [
+            _rich(tables.brief_table(cohort)),
+            Text(f"{cohort.conditions} {BRIEF_UNITS}\n", style="dim"),
+        ]
+    checks = tables.brief_check_table(checks_of(records))
+    if checks.rows:
+        parts.append(_rich(checks))
+    return Group(*parts) if parts else Text("no results yet")
+
+
+def _require_ours(out: Path) -> None:
+    """A report replaces its folder, so the folder must hold nothing else."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"out={out} is a file; name a folder for the report")
+    others = {item.name for item in out.iterdir()} - {INDEX, CLAIMS, FIGURES} if out.exists() else set()
+    if others:
+        raise UsageError(f"out={out} holds other files ({min(others)}); name a new or an empty folder")
+
+
+def _write(records: Sequence[AnyRecord], folder: Path, descriptions: Mapping[str, Description]) -> None:
+    cohorts = group_cohorts(records)
+    styles = styles_for([run.impl for run in runs_of(records)])
+    sections = [_cohort_section(cohort, styles) for cohort in cohorts]
+    impls = [_impl_section(name, records, cohorts, descriptions) for name in _impl_names(records)]
+    verdicts = judge(records)
+    figures = folder / FIGURES
+    figures.mkdir(parents=True)
+    for plot in [*(plot for section in sections for plot in section.plots), *(impl.plot for impl in impls)]:
+        if plot is not None:
+            plot.save(figures)
+    write_claims(folder / CLAIMS, verdicts)
+    found = Counter(verdict.verdict for verdict in verdicts)
+    page = _template().render(
+        summary=_summary(records, cohorts),
+        # Stable: what could be judged comes first, otherwise in the order of the claims.
+        verdicts=sorted(verdicts, key=lambda verdict: verdict.verdict == NOT_TESTABLE),
+        verdict_counts={name: count for name in VERDICTS if (count := found[name])},
+        sources=SOURCES,
+        numbers=NUMBERS,
+        instances=INSTANCES,
+        no_difference_rule=NO_DIFFERENCE_RULE,
+        overview=tables.overview_table(cohorts),
+        correctness=tables.correctness_table(checks_of(records)),
+        sections=sections,
+        impls=impls,
+        noise=tables.noise_table(cohorts),
+        environment=tables.environment_table(records),
+        notes=sorted({f"{run.impl}: {note}" for run in records for note in run.notes}),
+    )
+    (folder / INDEX).write_text(page, encoding="utf-8")
+
+
+def _cohort_section(cohort: Cohort, styles: Mapping[str, Any]) -> CohortSection:
+    return CohortSection(
+        cohort,
+        tables.throughput_table(cohort),
+        tables.resources_table(cohort),
+        tables.fidelity_table(cohort),
+        tuple(cohort_plots(cohort, styles)),
+    )
+
+
+def _impl_section(
+    name: str,
+    records: Sequence[AnyRecord],
+    cohorts: Sequence[Cohort],
+    descriptions: Mapping[str, Description],
+) -> ImplSection:
+    measured = any(run.impl == name for run in runs_of(records))
+    return ImplSection(
+        descriptions.get(name, Description(name, "")),
+        tables.implementation_table(name, cohorts),
+        tables.correctness_table(check for check in checks_of(records) if check.impl == name),
+        implementation_plot(name, cohorts) if measured else None,
+    )
+
+
+def _impl_names(records: Sequence[AnyRecord]) -> list[str]:
+    """In alphabetical order, the floor last."""
+    return sorted({record.impl for record in records}, key=lambda name: (name == FLOOR, name))
+
+
+def _summary(records: Sequence[AnyRecord], cohorts: Sequence[Cohort]) -> list[tuple[str, str]]:
+    """What ran, on what, and how quiet it was."""
+    runs, checks = runs_of(records), checks_of(records)
+    evidence = Counter(run.evidence for run in runs)
+    noisy = sum(bool(run.noise.get("noisy")) for run in runs)
+    failed = sum(not check.ok for check in checks)
+    started = [moment(at) for at in sorted(record.started_at for record in records)]
+    competitors = [name for name in _impl_names(records) if name != FLOOR]
+    return [
+        ("Implementations", f"{len(competitors)}: {', '.join(competitors)}"),
+        (
+            "Timed runs",
+            f"{len(runs)} in {len(cohorts)} cohorts"
+            + "".join(f"; {count} {kind}" for kind, count in sorted(evidence.items())),
+        ),
+        ("Workloads", ", ".join(sorted({record.workload for record in records}))),
+        ("Ranks", ", ".join(str(size) for size in sorted({record.world_size for record in records}))),
+        (
+            "Correctness",
+            f"{len(checks) - failed} of {len(checks)} checks ok"
+            if checks
+            else "no checks among these results",
+        ),
+        ("Machine", "; ".join(sorted({device(record) for record in records}))),
+        ("Noise", f"{noisy} of {len(runs)} runs marked noisy" if runs else "no timed runs"),
+        ("Taken", started[0] if started[0] == started[-1] else f"{started[0]} to {started[-1]}"),
+    ]
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    inline: Callable[[Plot], Markup] = lambda plot: Markup(plot.inline())  # noqa: E731
+    environment.filters["inline"] = inline
+    environment.filters["slug"] = lambda text: text.replace(" ", "-")
+    return environment.get_template("report.html.j2")
+
+
+def _rich(content: tables.Table) -> RichTable:
+    """Names and numbers stay whole; prose may wrap."""
+    result = RichTable(title=content.title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    result.title_justify, result.title_style, result.header_style = "left", "bold", "dim"
+    for name, numeric in zip(content.head, content.numeric, strict=True):
+        result.add_column(
+            name, justify="right" if numeric else "left", no_wrap=numeric or name == content.head[0]
+        )
+    for row in content.rows:
+        result.add_row(*(Text(cell.text) for cell in row))
+    return result

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import record_factory as factory
+from hypothesis import given
+from hypothesis import strategies as st
+
+from suite.config import load
+from suite.records import Spread
+from suite.reports.claims import JUDGES, LOSS_TOLERANCE, NOT_TESTABLE, Verdict, judge, write_claims
+from suite.reports.cohorts import Ratio
+from suite.reports.published import CLAIMS, NUMBERS, SOURCES
+
+
+def verdict_on(claim: str, records: list) -> Verdict:
+    return next(verdict for verdict in judge(records) if verdict.claim.id == claim)
+
+
+def with_losses_off_by(impl: str, relative: float):
+    run = factory.run(impl)
+    return replace(run, losses=[*run.losses[:-1], run.losses[-1] * (1 + relative)])
+
+
+def test_every_published_claim_gets_exactly_one_row_in_order():
+    assert [verdict.claim.id for verdict in judge([])] == [
+        *(f"Z{number}" for number in range(1, 10)),
+        *(f"M{number}" for number in range(1, 9)),
+    ]
+
+
+def test_without_records_every_claim_says_what_a_test_would_need():
+    for verdict in judge([]):
+        assert verdict.verdict == NOT_TESTABLE
+        assert verdict.missing == f"needs {verdict.claim.needs}: no such records among these results"
+        assert not verdict.findings and not verdict.commands
+
+
+def test_claims_without_a_judge_stay_untestable_whatever_was_run():
+    for verdict in judge(factory.everything()):
+        assert (verdict.verdict == NOT_TESTABLE) == (verdict.claim.id not in JUDGES)
+
+
+def test_same_convergence_is_reproduced_when_both_methods_follow_ddp():
+    verdict = verdict_on("M8", factory.cohort(["floor", "ddp", "zero3", "mics"]))
+    assert verdict.verdict == "reproduced"
+    assert [finding.evidence for finding in verdict.findings] == ["measured"]
+    assert "2 of 2" in verdict.findings[0].ours
+    assert set(verdict.config_hashes) == {factory.run(impl).config_hash for impl in ("ddp", "zero3", "mics")}
+
+
+def test_a_curve_beyond_the_tolerance_is_named_and_spoils_the_verdict():
+    records = [*factory.cohort(["ddp", "zero3"]), with_losses_off_by("mics", 3 * LOSS_TOLERANCE)]
+    verdict = verdict_on("M8", records)
+    assert verdict.verdict == "partly"
+    assert "apart: mics" in verdict.findings[0].ours
+
+
+def test_same_convergence_is_not_reproduced_when_no_curve_coincides():
+    records = [factory.run("ddp"), with_losses_off_by("zero3", 0.01), with_losses_off_by("mics", 0.01)]
+    assert verdict_on("M8", records).verdict == "not reproduced"
+
+
+@pytest.mark.parametrize("impl", ["zero3", "mics"])
+def test_one_method_alone_reproduces_the_claim_only_partly(impl: str):
+    assert verdict_on("M8", factory.cohort(["ddp", impl])).verdict == "partly"
+
+
+def test_a_loss_that_is_no_number_does_not_coincide():
+    broken = replace(factory.run("mics"), losses=[None, *factory.run("mics").losses[1:]])  # type: ignore[list-item]
+    assert verdict_on("M8", [factory.run("ddp"), broken]).verdict == "not reproduced"
+
+
+def test_runs_of_other_trainings_are_not_compared():
+    other = factory.run("mics")
+    other = replace(other, config={**other.config, "train": {**other.config["train"], "seed": 1}})
+    assert verdict_on("M8", [factory.run("ddp"), other]).verdict == NOT_TESTABLE
+
+
+def test_only_fp32_runs_judge_convergence():
+    assert (
+        verdict_on("M8", factory.cohort(["ddp", "zero3", "mics"], precision="bf16")).verdict == NOT_TESTABLE
+    )
+
+
+def test_a_loss_that_never_moved_proves_nothing():
+    records = [
+        replace(run, losses=[7.7] * len(run.losses)) for run in factory.cohort(["ddp", "zero3", "mics"])
+    ]
+    assert verdict_on("M8", records).verdict == NOT_TESTABLE
+
+
+def test_kinds_of_evidence_are_judged_apart():
+    measured = factory.cohort(["ddp", "zero3", "mics"])
+    emulated = [
+        replace(run, evidence="emulated") for run in [factory.run("ddp"), with_losses_off_by("mics", 0.1)]
+    ]
+    verdict = verdict_on("M8", [*measured, *emulated])
+    assert [(finding.evidence, finding.outcome) for finding in verdict.findings] == [
+        ("emulated", "not reproduced"),
+        ("measured", "reproduced"),
+    ]
+    assert verdict.verdict == "partly"
+
+
+def test_the_command_of_a_row_repeats_the_configuration_of_its_runs():
+    records = factory.cohort(["ddp", "zero3", "mics"], workload="bert-tiny", micro_steps=4, ranks_per_node=2)
+    records = [replace(run, config=_two_nodes(run.config)) for run in records]
+    *runs, report = verdict_on("M8", records).commands
+    assert report == "suite report results/again"
+    repeated = []
+    for line in runs:
+        program, action, *options = shlex.split(line)
+        assert (program, action) == ("suite", "run")
+        repeated.append(load(options).to_dict())
+    assert [{**config, "out": None} for config in repeated] == [run.config for run in records]
+
+
+def _two_nodes(config: dict) -> dict:
+    testbed = {**config["testbed"], "nodes": 2, "ranks_per_node": 2}
+    return {**config, "testbed": testbed, "train": {**config["train"], "clip": 1.0}}
+
+
+def test_claims_json_holds_every_row_with_rule_and_runs(tmp_path: Path):
+    write_claims(tmp_path / "claims.json", judge(factory.everything()))
+    rows = json.loads((tmp_path / "claims.json").read_text())["claims"]
+    assert len(rows) == len(CLAIMS)
+    judged = next(row for row in rows if row["id"] == "M8")
+    assert judged["verdict"] == "reproduced"
+    assert judged["ours"][0]["evidence"] == "measured"
+    assert "1e-5" in judged["rule"] and judged["config_hashes"] and judged["commands"]
+
+
+def test_everything_published_names_a_known_source():
+    keys = {source.key for source in SOURCES}
+    for item in (*CLAIMS, *NUMBERS):
+        assert item.sources and keys.issuperset(item.sources)
+
+
+def test_published_flops_always_name_their_convention():
+    for number in NUMBERS:
+        assert (number.flops is not None) == ("TFLOPS" in number.value)
+
+
+@given(
+    st.lists(st.floats(0.1, 10), min_size=1, max_size=8), st.lists(st.floats(0.1, 10), min_size=1, max_size=8)
+)
+def test_two_step_times_differ_exactly_when_their_ranges_do_not_overlap(ours: list, theirs: list):
+    first = replace(factory.run("zero3"), step_time_s=Spread.of(ours))
+    second = replace(factory.run("ddp"), step_time_s=Spread.of(theirs))
+    overlap = min(ours) <= max(theirs) and min(theirs) <= max(ours)
+    assert Ratio.of(first, second).differs == (not overlap)

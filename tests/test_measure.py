@@ -1,0 +1,109 @@
+"""Measuring: implementations side by side, one failing without the others, noise seen and retried."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from suite.config import Config, load
+from suite.errors import RankError, UsageError
+from suite.harness import measure as measure_module
+from suite.harness.measure import Failure, measure
+from suite.harness.noise import Noise
+from suite.impls import registry
+from suite.impls.trainer import MicroBatch, StepResult
+from suite.records import Record
+
+SMALL = ["workload.model.layers=2", "workload.model.hidden=64", "workload.model.intermediate=128"]
+FAST = [*SMALL, "workload.data=synthetic", "train.steps=3", "train.warmup=1", "testbed.ranks=2"]
+
+
+def configs(*names: str, more: Sequence[str] = ()) -> list[Config]:
+    return [load([f"impl={name}", *FAST, *more]) for name in names]
+
+
+def test_a_cohort_is_measured_on_the_same_training_and_differs_only_in_time() -> None:
+    records = measure(configs("ddp", "fsdp2", more=["train.micro_steps=2"]))
+    assert [record.impl for record in records if isinstance(record, Record)] == ["ddp", "fsdp2"]
+    ddp, fsdp2 = records
+    assert isinstance(ddp, Record) and isinstance(fsdp2, Record)
+    assert ddp.losses == pytest.approx(fsdp2.losses, abs=1e-5)
+    assert ddp.cohort == fsdp2.cohort and ddp.config_hash != fsdp2.config_hash
+    assert len(ddp.step_times_s) == 3 == ddp.step_time_s.n
+    assert len(ddp.losses) >= 4  # the warm-up step is in it
+    assert ddp.evidence == "measured"
+    assert ddp.samples_per_s == pytest.approx(2 * 2 * 2 / ddp.step_time_s.median)
+    assert ddp.inter_node_bytes_per_node == 0
+    # An all-reduce of fp32 gradients over two ranks sends each byte once.
+    assert ddp.bytes_sent_per_rank == pytest.approx(4 * ddp.n_params, rel=0.02)
+    assert ddp.peak_memory_bytes is not None and ddp.peak_memory_bytes > 4 * 4 * ddp.n_params
+    assert ddp.env["packages"]["torch"] and ddp.config["impl"]["name"] == "ddp"
+
+
+def test_the_floor_sends_nothing_but_its_loss() -> None:
+    (record,) = measure(configs("floor"))
+    assert isinstance(record, Record)
+    assert record.bytes_sent_per_rank is not None and record.bytes_sent_per_rank < 1000
+
+
+def test_activation_checkpointing_adds_hardware_flops_but_no_model_flops() -> None:
+    (record,) = measure(configs("floor", more=["train.activation_checkpointing=true"]))
+    assert isinstance(record, Record)
+    assert record.hardware_tflops_per_gpu > 1.1 * record.model_tflops_per_gpu
+
+
+def test_one_member_that_fails_leaves_the_others_to_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = registry.find("ddp").trainer
+
+    def fails_in_its_third_step(*arguments: object) -> object:
+        trainer = original(*arguments)  # type: ignore[arg-type]
+        step, count = trainer.train_step, iter(range(100))
+
+        def train_step(batches: Sequence[MicroBatch]) -> StepResult:
+            if next(count) == 2:
+                raise ArithmeticError("planted")
+            return step(batches)
+
+        monkeypatch.setattr(trainer, "train_step", train_step)
+        return trainer
+
+    entry = registry.find("ddp")
+    monkeypatch.setitem(
+        registry.IMPLEMENTATIONS,
+        "ddp",
+        type(entry)(entry.name, fails_in_its_third_step, entry.summary, entry.limits_on_cpu),  # type: ignore[arg-type]
+    )
+    failed, measured = sorted(measure(configs("ddp", "floor")), key=lambda item: isinstance(item, Record))
+    assert isinstance(failed, Failure) and isinstance(failed.error, RankError)
+    assert "ArithmeticError: planted" in str(failed.error)
+    assert isinstance(measured, Record) and measured.impl == "floor" and measured.step_time_s.n == 3
+
+
+def test_a_busy_machine_is_measured_again_and_the_record_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy_at_first(before: object, after: object, attempts: int) -> Noise:
+        return Noise(others=0.5 if attempts < 2 else 0.0, steal=0, ours=0.5, limit=0.1, attempts=attempts)
+
+    monkeypatch.setattr(measure_module, "noise_between", busy_at_first)
+    (record,) = measure(configs("floor"))
+    assert isinstance(record, Record)
+    assert record.noise["attempts"] == 2 and not record.noise["noisy"] and record.notes == []
+    assert record.step_time_s.n == 3  # the noisy attempt's times are not among them
+
+    monkeypatch.setattr(
+        measure_module, "noise_between", lambda before, after, attempts: Noise(0.5, 0, 0.5, 0.1, attempts)
+    )
+    (record,) = measure(configs("floor"))
+    assert isinstance(record, Record)
+    assert record.noise["noisy"] and record.notes == [measure_module.NOISE_WARNING]
+
+
+def test_configurations_that_train_differently_are_not_compared() -> None:
+    cohort = [*configs("ddp"), *configs("floor", more=["train.seed=1"])]
+    with pytest.raises(ValueError, match="may differ in their implementation only"):
+        measure(cohort)
+
+
+def test_wrong_options_are_refused_before_anything_starts() -> None:
+    with pytest.raises(UsageError, match="partition_size=3 does not divide"):
+        measure(configs("hsdp", more=["testbed.ranks=4", "impl.options.partition_size=3"]))

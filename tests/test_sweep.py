@@ -1,0 +1,136 @@
+"""Sweeps: grids become cohorts, finished cells are kept, failures do not stop the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from suite.config import CONFIGS
+from suite.errors import RankError, UsageError
+from suite.harness import sweep as sweep_module
+from suite.harness.measure import Failure
+from suite.harness.sweep import Cohort, Progress, read_sweep, run_sweep
+from suite.records import read
+
+SWEEP = """
+stages:
+  - name: checks
+    kind: check
+    impls: [ddp]
+    base: &base
+      workload: {name: bert-tiny, data: synthetic, model: {layers: 1, hidden: 64, intermediate: 64}}
+      testbed: {ranks: 2}
+  - name: times
+    kind: run
+    impls: [floor, ddp]
+    base:
+      <<: *base
+      train: {steps: 2, warmup: 1}
+    grid:
+      train.micro_steps: [1, 2]
+"""
+
+
+@pytest.fixture
+def sweep_file(tmp_path: Path) -> Path:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(SWEEP)
+    return file
+
+
+def test_every_point_of_the_grid_is_one_cohort_of_all_implementations(sweep_file: Path) -> None:
+    cohorts = read_sweep(sweep_file)
+    assert [(c.kind, [cell.impl.name for cell in c.cells]) for c in cohorts] == [
+        ("check", ["ddp"]),
+        ("run", ["floor", "ddp"]),
+        ("run", ["floor", "ddp"]),
+    ]
+    assert [c.cells[0].train.micro_steps for c in cohorts[1:]] == [1, 2]
+    assert all(cell.workload.model.hidden == 64 for c in cohorts for cell in c.cells)
+
+
+def test_words_on_the_command_line_win_over_the_file(sweep_file: Path) -> None:
+    cohorts = read_sweep(sweep_file, {"train.steps": 9, "workload": "roberta-tiny"})
+    cells = [cell for cohort in cohorts for cell in cohort.cells]
+    assert {cell.train.steps for cell in cells} == {9}
+    assert {cell.workload.name for cell in cells} == {"roberta-tiny"}
+
+
+def test_an_implementation_may_come_with_options(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text("stages: [{impls: [{name: hsdp, options: {partition_size: 2}}, ddp]}]")
+    hsdp, ddp = read_sweep(file)[0].cells
+    assert (hsdp.impl.name, hsdp.impl.options) == ("hsdp", {"partition_size": 2})
+    assert (ddp.impl.name, ddp.impl.options) == ("ddp", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stages: [{kind: rum, impls: [ddp]}]", "did you mean 'run'?"),
+        ("stages: [{impl: [ddp]}]", "did you mean 'impls'?"),
+        ("stages: [{name: x}]", "stage 'x' names no impls"),
+        ("stages: [{impls: [ddp], base: {train: {step: 3}}}]", "did you mean 'train.steps'?"),
+        ("stages: [{impls: [ddp], grid: {train.lr: [-1]}}]", "train.lr=-1"),
+        ("stages: 3", "has no list of stages"),
+        ("stages: [", "is not YAML"),
+    ],
+)
+def test_a_wrong_sweep_file_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        read_sweep(file)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_sweep_of_the_project_can_be_read(path: Path) -> None:
+    assert read_sweep(path)
+
+
+def test_a_sweep_runs_once_and_is_then_finished(sweep_file: Path, tmp_path: Path) -> None:
+    out, seen = tmp_path / "out", list[Progress]()
+    cohorts = read_sweep(sweep_file)
+    first = run_sweep(cohorts, out, seen.append)
+    assert (len(first.finished), first.skipped, first.failures) == (5, 0, [])
+    assert (seen[-1].done, seen[-1].total) == (5, 5) and seen[-1].left_s == 0
+    again = run_sweep(cohorts, out)
+    assert (len(again.finished), again.skipped) == (0, 5)
+    assert len(read(out / "records.jsonl")) == 5
+
+
+def test_an_interrupted_sweep_loses_only_the_cohort_that_was_running(
+    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cohorts, measure = read_sweep(sweep_file), sweep_module.measure
+
+    def interrupted(cells: list, say: object) -> list:
+        if cells[0].train.micro_steps == 2:
+            raise KeyboardInterrupt
+        return measure(cells, say)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sweep_module, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(cohorts, tmp_path)
+    assert len(read(tmp_path / "records.jsonl")) == 3
+    monkeypatch.setattr(sweep_module, "measure", measure)
+    resumed = run_sweep(cohorts, tmp_path)
+    assert (len(resumed.finished), resumed.skipped) == (2, 3)
+
+
+def test_a_failed_cell_is_reported_and_tried_again_next_time(
+    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cohorts: list[Cohort] = read_sweep(sweep_file)
+    check = sweep_module.check
+
+    def fails(config: object) -> None:
+        raise RankError("rank 1 failed")
+
+    monkeypatch.setattr(sweep_module, "check", fails)
+    outcome = run_sweep(cohorts[:1], tmp_path)
+    assert [(type(f), str(f.error)) for f in outcome.failures] == [(Failure, "rank 1 failed")]
+    monkeypatch.setattr(sweep_module, "check", check)
+    assert len(run_sweep(cohorts[:1], tmp_path).finished) == 1
