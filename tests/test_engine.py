@@ -223,8 +223,8 @@ class Program:
     def difference(
         self, scenario: str, optimizer: str, options: EngineOptions, micro_steps: int, clip: float | None
     ) -> float:
-        """Largest difference (relative where values exceed 1) of any parameter or gradient between the engine and plain torch, which
-        sees all ranks' batches, over a few steps with a learning-rate schedule."""
+        """Largest difference (relative where values exceed 1) of any parameter or gradient between
+        the engine and plain torch, which sees all ranks' batches, over a few steps with a schedule."""
         kind, loss_of = SCENARIOS[scenario]
         torch.manual_seed(7)
         plain = kind()

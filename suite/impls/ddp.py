@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from suite.impls.gradient_norm import clip_gradients
+from suite.impls.gradients import clip_gradients, gradient_of
 from suite.impls.options import Options
 from suite.impls.trainer import BuildModel, MicroBatch, Recipe, Topology, Trainer
 
@@ -21,9 +21,7 @@ class DDP(Trainer):
     parameters, gradients and their all-reduce stay fp32, matrix products run in bf16.
     """
 
-    def __init__(
-        self, build_model: BuildModel, recipe: Recipe, topology: Topology, options: Options
-    ) -> None:
+    def __init__(self, build_model: BuildModel, recipe: Recipe, topology: Topology, options: Options) -> None:
         super().__init__(recipe, topology)
         model = build_model().to(topology.device)
         self._parameters = dict(model.named_parameters())
@@ -46,11 +44,7 @@ class DDP(Trainer):
         return loss.detach()
 
     def _read_gradients(self) -> dict[str, Tensor]:
-        return {
-            name: value.grad.cpu().clone()
-            for name, value in self._parameters.items()
-            if value.grad is not None
-        }
+        return {name: gradient_of(value).cpu().clone() for name, value in self._parameters.items()}
 
     def _optimizer_step(self) -> tuple[float, bool]:
         norm = clip_gradients(self._parameters.values(), self.recipe.clip)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from suite.impls.gradient_norm import clip_gradients
+from suite.impls.gradients import clip_gradients, gradient_of
 from suite.impls.options import Options
 from suite.impls.trainer import BuildModel, MicroBatch, Recipe, Topology, Trainer
 
@@ -18,16 +18,14 @@ class Floor(Trainer):
     one cast each per step.
     """
 
-    def __init__(
-        self, build_model: BuildModel, recipe: Recipe, topology: Topology, options: Options
-    ) -> None:
+    def __init__(self, build_model: BuildModel, recipe: Recipe, topology: Topology, options: Options) -> None:
         super().__init__(recipe, topology)
         self._model = build_model().to(topology.device)
         self._names = [name for name, _ in self._model.named_parameters()]
         self._masters = list(self._model.parameters())
         if recipe.dtype != torch.float32:
             self._masters = [
-                value.detach().clone().requires_grad_(value.requires_grad) for value in self._masters
+                nn.Parameter(value.detach().clone(), value.requires_grad) for value in self._masters
             ]
             self._model.to(recipe.dtype)
         self._weights = list(self._model.parameters())
@@ -35,8 +33,7 @@ class Floor(Trainer):
 
     def full_parameters(self) -> dict[str, Tensor]:
         return {
-            name: value.detach().cpu().clone()
-            for name, value in zip(self._names, self._masters, strict=True)
+            name: value.detach().cpu().clone() for name, value in zip(self._names, self._masters, strict=True)
         }
 
     def _forward_backward(self, micro_batch: MicroBatch, last: bool) -> Tensor:
@@ -47,9 +44,8 @@ class Floor(Trainer):
 
     def _read_gradients(self) -> dict[str, Tensor]:
         return {
-            name: value.grad.float().cpu().clone()
+            name: gradient_of(value).float().cpu().clone()
             for name, value in zip(self._names, self._weights, strict=True)
-            if value.grad is not None
         }
 
     def _optimizer_step(self) -> tuple[float, bool]:

@@ -8,8 +8,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from suite.impls.blocks import transformer_blocks
-from suite.impls.gradient_norm import clip_gradients
+from suite.impls.blocks import block_stack
+from suite.impls.gradients import clip_gradients, gradient_of
 from suite.impls.options import Options, PartitionOptions
 from suite.impls.trainer import BuildModel, MicroBatch, Recipe, Topology, Trainer
 
@@ -24,9 +24,7 @@ class FSDP2(Trainer):
     `reduce_dtype=None` means.
     """
 
-    def __init__(
-        self, build_model: BuildModel, recipe: Recipe, topology: Topology, options: Options
-    ) -> None:
+    def __init__(self, build_model: BuildModel, recipe: Recipe, topology: Topology, options: Options) -> None:
         super().__init__(recipe, topology)
         self.partition_size = topology.world_size
         self._start(build_model, init_device_mesh(topology.device.type, (topology.world_size,)))
@@ -36,14 +34,14 @@ class FSDP2(Trainer):
             param_dtype=self.recipe.dtype if self.recipe.precision == "bf16" else None
         )
         model = build_model()
-        for block in transformer_blocks(model):
+        for block in block_stack(model):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         self._model: FSDPModule = fully_shard(model, mesh=mesh, mp_policy=policy)
         self._parameters = dict(model.named_parameters())
         self._optimizer = self.recipe.adamw(self._parameters.values())
 
     def full_parameters(self) -> dict[str, Tensor]:
-        return {name: _whole(value.detach()) for name, value in self._parameters.items()}
+        return {name: _whole(value) for name, value in self._parameters.items()}
 
     def _forward_backward(self, micro_batch: MicroBatch, last: bool) -> Tensor:
         assert isinstance(self._model, torch.nn.Module)
@@ -53,9 +51,7 @@ class FSDP2(Trainer):
         return loss.detach()
 
     def _read_gradients(self) -> dict[str, Tensor]:
-        return {
-            name: _whole(value.grad) for name, value in self._parameters.items() if value.grad is not None
-        }
+        return {name: _whole(gradient_of(value)) for name, value in self._parameters.items()}
 
     def _optimizer_step(self) -> tuple[float, bool]:
         norm = clip_gradients(self._parameters.values(), self.recipe.clip)
@@ -95,4 +91,4 @@ def _whole(shard: Tensor) -> Tensor:
     """The complete fp32 tensor on the CPU, gathered in this rank's own partition group: a
     replicated dimension is not communicated over."""
     assert isinstance(shard, DTensor)
-    return shard.full_tensor().float().cpu().clone()
+    return shard.full_tensor().detach().float().cpu().clone()

@@ -18,7 +18,7 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from suite.impls.sharded import optimizer as arena_optimizer
-from suite.impls.sharded.collectives import Collectives, Handle, Piece, Reduction, flatten
+from suite.impls.sharded.collectives import Collectives, Handle, Piece, Reduction, flatten, join_small
 from suite.impls.sharded.options import EngineOptions
 from suite.impls.sharded.schedule import Action, Event, Op, Phase, Scheduler
 from suite.impls.sharded.units import Bucket, Slot, Unit, build_arenas, build_units, take_over
@@ -63,9 +63,13 @@ class Engine:
         self._collectives = collectives
         self._options = options
         self._clip = clip
-        in_groups = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        group_of = {
+            parameter: number
+            for number, group in enumerate(optimizer.param_groups)
+            for parameter in group["params"]
+        }
         self.units = build_units(
-            model, unit_modules, collectives.size, dtype, device, options.coalesced, in_groups
+            model, unit_modules, collectives.size, dtype, device, options.coalesced, group_of
         )
         self._arenas = build_arenas(self.units, options.contiguous_arenas)
         for unit in self.units:
@@ -279,7 +283,9 @@ class Engine:
             if gradient is None:
                 gradient = torch.zeros(slot.numel, dtype=bucket.full.dtype, device=bucket.full.device)
             pieces.append((slot.offset, gradient.contiguous()))
-        if not self._options.group_batched:
+        if self._options.group_batched:
+            pieces = join_small(pieces)
+        else:
             pieces = [(0, flatten(pieces, bucket.numel, bucket.full))]
         reduction = Reduction(bucket.gradient, pieces, accumulate=bucket.has_gradient)
         bucket.has_gradient = True

@@ -42,7 +42,7 @@ class EngineOptions(Options):
     one_kernel_norm: bool = True
     group_batched: bool = True
     stock_collectives: bool = False
-    prefetch_mb: float = 64.0
+    prefetch_mb: float = 16.0
     coalesce_mb: float = 4.0
     poison: bool = False
 

@@ -9,7 +9,7 @@ copy, gradients) lie in one *arena*.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -150,18 +150,22 @@ def build_units(
     compute_dtype: torch.dtype,
     device: torch.device,
     coalesced: bool,
-    order: Sequence[nn.Parameter],
+    group_of: Mapping[nn.Parameter, int],
 ) -> list[Unit]:
     """The units of a model, with buckets laid out and nothing moved yet.
 
-    `order` says in which order parameters of one unit lie (those of one optimizer group together).
+    In a unit the parameters of one optimizer group (`group_of`) lie together, so that the optimizer
+    sees few ranges, and small ones before large ones, so that they can be sent in one message.
     """
     names = {id(module): name for name, module in model.named_modules()}
     parameters = name_parameters(model)
-    place = {id(parameter): index for index, parameter in enumerate(order)}
+
+    def place(name: str) -> tuple[int, int]:
+        return group_of.get(parameters[name], len(group_of)), parameters[name].numel()
+
     units: list[Unit] = []
     for module, owned in assign_parameters(model, modules):
-        ordered = sorted(owned, key=lambda name: place.get(id(parameters[name]), len(place)))
+        ordered = sorted(owned, key=place)
         buckets = [
             _layout(members, parameters, partition_size, compute_dtype, device)
             for members in _groups(ordered, parameters, coalesced)

@@ -1,12 +1,18 @@
-"""The global gradient norm of parameters that torch itself shards or replicates."""
+"""The gradients of parameters that torch itself shards or replicates: reading, norm, clipping."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """As it is; zeros for a parameter that no loss reached, as in the reference run."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> float:

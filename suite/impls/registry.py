@@ -1,0 +1,216 @@
+"""All implementations by name. Importing this file imports no optional package."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from suite.errors import UsageError, unknown
+from suite.impls import deepspeed_build
+from suite.impls.ddp import DDP
+from suite.impls.deepspeed_mics import DeepSpeedMiCS, MiCSOptions, require_mics
+from suite.impls.deepspeed_shims import MICS_SHIMS
+from suite.impls.deepspeed_zero import DeepSpeedZero
+from suite.impls.fairscale_sharded import FairScaleFSDP, FairScaleSDP, SDPOptions
+from suite.impls.fairscale_shims import FSDP_SHIMS
+from suite.impls.floor import Floor
+from suite.impls.fsdp2 import FSDP2, HSDP
+from suite.impls.options import Options, PartitionOptions
+from suite.impls.sharded.options import EngineOptions, UnoptimizedOptions
+from suite.impls.trainer import BuildModel, Recipe, Topology, Trainer
+from suite.impls.zero3 import Zero3
+
+INSTALL = "pip install 'sharded-training-suite[baselines]'"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One entry of the registry.
+
+    `trainer(build_model, recipe, topology, options)` builds it on a rank. `requires` are the
+    optional packages that it imports, `extra` the extra of this project that installs them.
+    `limits_on_cpu` and `shims` (one line each) are shown beside its numbers. `check` raises
+    UsageError when an installed package is not one it can use; `prepare` runs once in the parent
+    of ranks that are about to be forked.
+    """
+
+    name: str
+    trainer: Callable[[BuildModel, Recipe, Topology, Any], Trainer]
+    summary: str
+    limits_on_cpu: str
+    options: type[Options] = Options
+    requires: tuple[str, ...] = ()
+    extra: str | None = None
+    shims: tuple[str, ...] = ()
+    check: Callable[[], None] | None = None
+    prepare: Callable[[], None] | None = None
+
+
+_ZERO_STAGES = {
+    1: "DeepSpeed ZeRO-1: optimizer states sharded over the world",
+    2: "DeepSpeed ZeRO-2: optimizer states and gradients sharded over the world",
+    3: "DeepSpeed ZeRO-3: parameters, gradients and optimizer states sharded over the world",
+}
+
+
+def _deepspeed_zero(stage: int, summary: str) -> Implementation:
+    return Implementation(
+        f"deepspeed-zero{stage}",
+        partial(DeepSpeedZero, stage),
+        summary,
+        "Streams do nothing on the CPU: its collectives block, and nothing overlaps.",
+        requires=("deepspeed",),
+        extra="baselines",
+        prepare=deepspeed_build.prepare,
+    )
+
+
+_ALL = (
+    Implementation(
+        "floor",
+        Floor,
+        "every rank steps alone, without gradient communication: a lower bound, not a method",
+        "None of its own: it does not communicate.",
+    ),
+    Implementation(
+        "ddp",
+        DDP,
+        "torch DistributedDataParallel: everything on every rank, gradients all-reduced",
+        "Buckets are all-reduced by gloo threads that share the cores with the backward.",
+    ),
+    Implementation(
+        "fsdp2",
+        FSDP2,
+        "torch fully_shard per block: parameters, gradients and states sharded over the world",
+        "Its gathers block on the CPU, and gloo's reduce-scatter moves an all-reduce's bytes.",
+    ),
+    Implementation(
+        "hsdp",
+        HSDP,
+        "fully_shard inside partition groups, gradients all-reduced across them at the last micro-step",
+        "Its gathers block on the CPU, and gloo's reduce-scatter moves an all-reduce's bytes.",
+        options=PartitionOptions,
+    ),
+    *(_deepspeed_zero(stage, summary) for stage, summary in _ZERO_STAGES.items()),
+    Implementation(
+        "deepspeed-mics",
+        DeepSpeedMiCS,
+        "DeepSpeed MiCS: ZeRO-3 inside partition groups, gradients all-reduced across them",
+        "Streams do nothing on the CPU: its collectives block, and nothing overlaps.",
+        options=MiCSOptions,
+        requires=("deepspeed",),
+        extra="baselines",
+        shims=MICS_SHIMS,
+        check=require_mics,
+        prepare=deepspeed_build.prepare,
+    ),
+    Implementation(
+        "fairscale-sdp",
+        FairScaleSDP,
+        "FairScale OSS + ShardedDataParallel: optimizer states and gradients sharded by parameter",
+        "Reductions run in gloo threads that share the cores with the backward.",
+        options=SDPOptions,
+        requires=("fairscale",),
+        extra="baselines",
+        shims=("zero_grad(set_to_none=False): with torch's present default it trains wrong",),
+    ),
+    Implementation(
+        "fairscale-fsdp",
+        FairScaleFSDP,
+        "FairScale FullyShardedDataParallel per block: like ZeRO-3",
+        "Its streams do nothing on the CPU: its collectives block, and nothing overlaps.",
+        requires=("fairscale",),
+        extra="baselines",
+        shims=FSDP_SHIMS,
+    ),
+    Implementation(
+        "zero3",
+        Zero3,
+        "this project's engine, one partition group: ZeRO-3 with every published optimisation",
+        "Its messages are sent by threads that share the cores with the compute.",
+        options=EngineOptions,
+    ),
+    Implementation(
+        "zero3-unoptimized",
+        Zero3,
+        "the same engine with every optimisation off: stage 3 as it was before them",
+        "Blocking by design, and on gloo's own collectives.",
+        options=UnoptimizedOptions,
+    ),
+)
+
+IMPLEMENTATIONS: dict[str, Implementation] = {item.name: item for item in _ALL}
+
+
+def find(name: str) -> Implementation:
+    """Raises UsageError, naming the closest known one, when there is none by that name."""
+    if name not in IMPLEMENTATIONS:
+        raise unknown("implementation", name, IMPLEMENTATIONS)
+    return IMPLEMENTATIONS[name]
+
+
+def require(name: str) -> None:
+    """Raises UsageError when this installation cannot run the implementation. Imports nothing."""
+    item = find(name)
+    missing = [package for package in item.requires if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UsageError(f"impl={name} needs {' and '.join(missing)}; {INSTALL}")
+    if item.check is not None:
+        item.check()
+
+
+def parse_options(name: str, options: Mapping[str, Any], world_size: int, ranks_per_node: int) -> Options:
+    """The typed options of an implementation, with their defaults for that world filled in.
+
+    Raises UsageError for an unknown implementation, key or value, and when the implementation
+    cannot run with this installation.
+    """
+    item = find(name)
+    known = [field.name for field in fields(item.options)]
+    for key in options:
+        if key not in known:
+            if not known:
+                raise UsageError(f"impl.options.{key} is unknown; {name} has no options")
+            raise unknown(f"option of {name}", str(key), known)
+    require(name)
+    return _typed(item.options, options).resolve(world_size, ranks_per_node)
+
+
+def preload(name: str) -> None:
+    """Imports what the implementation needs, so that forked ranks find it in memory."""
+    item = find(name)
+    require(name)
+    if item.prepare is not None:
+        item.prepare()
+    for package in item.requires:
+        importlib.import_module(package)
+
+
+def build(
+    name: str,
+    build_model: BuildModel,
+    recipe: Recipe,
+    topology: Topology,
+    options: Mapping[str, Any] | None = None,
+) -> Trainer:
+    """The implementation at work on this rank; every rank calls it, after `init_process_group` and
+    with the usual RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* in the environment."""
+    typed = parse_options(name, options or {}, topology.world_size, topology.ranks_per_node)
+    return find(name).trainer(build_model, recipe, topology, typed)
+
+
+def _typed(kind: type[Options], options: Mapping[str, Any]) -> Options:
+    try:
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), dict(options)))
+    except OmegaConfBaseException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"bad value for impl.options.{error.full_key}: {reason}") from error
+    assert isinstance(typed, kind)
+    return typed
