@@ -96,10 +96,11 @@ def test_fairscale_fsdp_does_not_run_on_the_cpu_as_it_is_shipped() -> None:
         on_ranks(forward, 2, 2)
 
 
+@pytest.mark.slow
 def test_deepspeed_mics_hangs_when_gradients_go_to_the_group_it_is_shipped_with() -> None:
     require("deepspeed-mics")
-    words = ("impl.options.partition_size=2", "testbed.ranks=4", "testbed.timeout_s=20")
-    with pytest.raises(RankError, match="did not answer within 20 s in step") as hung:
+    words = ("impl.options.partition_size=2", "testbed.ranks=4", "testbed.timeout_s=10")
+    with pytest.raises(RankError, match="did not answer within 10 s in step") as hung:
         check(configuration("deepspeed-mics", "impl.options.mend_reduction_group=false", *words))
     assert "allreduce_mics_shard_grads" in hung.value.details
 
@@ -157,17 +158,17 @@ def test_deepspeed_mics_leaves_a_built_model_in_fp32_although_bf16_is_on() -> No
 @pytest.mark.parametrize(
     ("sizes", "least", "most"),
     [
-        ("defaults", 0.0, 0.0),
-        ("no reuse, nothing resident", 0.9, 1.2),
+        ("defaults", 0.5, 0.5),  # once per optimizer step: everything stays resident
+        ("no reuse, nothing resident", 0.9, 1.3),  # once per micro-step: the prefetch prevents releases
         ("the suite's", 1.9, 2.2),
     ],
 )
-def test_deepspeed_zero3_gathers_a_small_model_twice_per_step_only_with_sizes_made_for_it(
+def test_deepspeed_zero3_gathers_a_small_model_twice_per_micro_step_only_with_sizes_made_for_it(
     sizes: str, least: float, most: float
 ) -> None:
-    """Elements gathered in the third step, in units of the model's size."""
+    """Elements gathered per micro-step in the third step, in units of the model's size."""
     require("deepspeed-zero3")
-    config = configuration("deepspeed-zero3")
+    config = configuration("deepspeed-zero3", "train.micro_steps=2")
     made_for_it = deepspeed_zero.stage3_sizes
 
     def partly(model: Any) -> dict[str, int]:
@@ -190,7 +191,7 @@ def test_deepspeed_zero3_gathers_a_small_model_twice_per_step_only_with_sizes_ma
         for index in range(3):
             elements.clear()
             step(context, trainer, config, index)
-        return sum(elements) / sum(value.ds_numel for value in trainer._parameters.values())
+        return sum(elements) / 2 / sum(value.ds_numel for value in trainer._parameters.values())
 
     for volume in on_ranks(gathered, 2, 2):
         assert least <= volume <= most
