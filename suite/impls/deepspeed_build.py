@@ -45,13 +45,14 @@ def import_deepspeed(device_type: str) -> ModuleType:
     return deepspeed
 
 
-def prepare() -> None:
+def prepare(device_type: str | None) -> None:
     """Run in the parent of ranks that are then forked and find DeepSpeed and the helper in memory.
 
-    Does not touch CUDA. Raises UsageError.
+    None stands for CUDA where there is a GPU, and for the CPU elsewhere; CUDA itself is not
+    touched. Raises UsageError.
     """
     has_gpu = torch.version.cuda is not None and torch.cuda.device_count() > 0
-    import_deepspeed("cuda" if has_gpu else "cpu")
+    import_deepspeed(device_type or ("cuda" if has_gpu else "cpu"))
 
 
 def extensions_folder() -> Path:

@@ -14,6 +14,7 @@ MICS_SHIMS = (
     "all_gather_coalesced: one gather per tensor on gloo, and a handle that waits for all of them",
     "MiCS_Init: gradients are reduced over the partition group, not over the world (pull request 8060)",
     "initial weights are broadcast to all ranks, not inside each partition group alone",
+    "bf16: the model is cast before it is sharded; DeepSpeed would leave it in fp32",
 )
 
 

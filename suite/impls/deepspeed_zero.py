@@ -13,6 +13,8 @@ from suite.impls.deepspeed_build import import_deepspeed
 from suite.impls.options import Options
 from suite.impls.trainer import BuildModel, MicroBatch, Recipe, Topology, Trainer
 
+STAGE3_SIZES = "stage-3 sizes scaled to the model: with the defaults a small one is never sharded"
+
 
 class DeepSpeedZero(Trainer):
     """`deepspeed.initialize` around a client `torch.optim.AdamW`, with DeepSpeed's own defaults for

@@ -32,10 +32,15 @@ class PartitionOptions(Options):
         size = self.partition_size
         if size is None:
             size = ranks_per_node if world_size > ranks_per_node else max(1, world_size // 2)
-        if size < 1 or world_size % size:
-            divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
-            raise UsageError(
-                f"impl.options.partition_size={size} does not divide the {world_size} ranks; "
-                f"use one of {', '.join(map(str, divisors))}"
-            )
+        check_partition_size(size, world_size)
         return replace(self, partition_size=size)
+
+
+def check_partition_size(size: int, world_size: int) -> None:
+    """Raises UsageError unless partition groups of that size fill the world."""
+    if size < 1 or world_size % size:
+        divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        raise UsageError(
+            f"impl.options.partition_size={size} does not divide the {world_size} ranks; "
+            f"use one of {', '.join(map(str, divisors))}"
+        )

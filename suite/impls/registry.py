@@ -17,7 +17,7 @@ from suite.impls import deepspeed_build
 from suite.impls.ddp import DDP
 from suite.impls.deepspeed_mics import DeepSpeedMiCS, MiCSOptions, require_mics
 from suite.impls.deepspeed_shims import MICS_SHIMS
-from suite.impls.deepspeed_zero import DeepSpeedZero
+from suite.impls.deepspeed_zero import STAGE3_SIZES, DeepSpeedZero
 from suite.impls.fairscale_sharded import FairScaleFSDP, FairScaleSDP, SDPOptions
 from suite.impls.fairscale_shims import FSDP_SHIMS
 from suite.impls.floor import Floor
@@ -27,8 +27,6 @@ from suite.impls.sharded.options import EngineOptions, UnoptimizedOptions
 from suite.impls.trainer import BuildModel, Recipe, Topology, Trainer
 from suite.impls.zero3 import Zero3
 
-INSTALL = "pip install 'sharded-training-suite[baselines]'"
-
 
 @dataclass(frozen=True)
 class Implementation:
@@ -37,8 +35,8 @@ class Implementation:
     `trainer(build_model, recipe, topology, options)` builds it on a rank. `requires` are the
     optional packages that it imports, `extra` the extra of this project that installs them.
     `limits_on_cpu` and `shims` (one line each) are shown beside its numbers. `check` raises
-    UsageError when an installed package is not one it can use; `prepare` runs once in the parent
-    of ranks that are about to be forked.
+    UsageError when an installed package is not one it can use; `prepare(device_type)` runs once in
+    the parent of ranks that are about to be forked.
     """
 
     name: str
@@ -50,7 +48,7 @@ class Implementation:
     extra: str | None = None
     shims: tuple[str, ...] = ()
     check: Callable[[], None] | None = None
-    prepare: Callable[[], None] | None = None
+    prepare: Callable[[str | None], None] | None = None
 
 
 _ZERO_STAGES = {
@@ -68,6 +66,7 @@ def _deepspeed_zero(stage: int, summary: str) -> Implementation:
         "Streams do nothing on the CPU: its collectives block, and nothing overlaps.",
         requires=("deepspeed",),
         extra="baselines",
+        shims=(STAGE3_SIZES,) if stage == 3 else (),
         prepare=deepspeed_build.prepare,
     )
 
@@ -107,7 +106,7 @@ _ALL = (
         options=MiCSOptions,
         requires=("deepspeed",),
         extra="baselines",
-        shims=MICS_SHIMS,
+        shims=(*MICS_SHIMS, STAGE3_SIZES),
         check=require_mics,
         prepare=deepspeed_build.prepare,
     ),
@@ -161,7 +160,9 @@ def require(name: str) -> None:
     item = find(name)
     missing = [package for package in item.requires if importlib.util.find_spec(package) is None]
     if missing:
-        raise UsageError(f"impl={name} needs {' and '.join(missing)}; {INSTALL}")
+        raise UsageError(
+            f"impl={name} needs {' and '.join(missing)}; pip install 'sharded-training-suite[{item.extra}]'"
+        )
     if item.check is not None:
         item.check()
 
@@ -183,12 +184,15 @@ def parse_options(name: str, options: Mapping[str, Any], world_size: int, ranks_
     return _typed(item.options, options).resolve(world_size, ranks_per_node)
 
 
-def preload(name: str) -> None:
-    """Imports what the implementation needs, so that forked ranks find it in memory."""
+def preload(name: str, device_type: str | None = None) -> None:
+    """Imports what the implementation needs, so that forked ranks find it in memory.
+
+    `device_type` is that of the ranks; None means CUDA where there is a GPU, else the CPU.
+    """
     item = find(name)
     require(name)
     if item.prepare is not None:
-        item.prepare()
+        item.prepare(device_type)
     for package in item.requires:
         importlib.import_module(package)
 
