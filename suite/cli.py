@@ -31,7 +31,7 @@ stdout = Console()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 (a check is not ok, a cell failed), 2 (wrong input), 3 (a rank
     failed), 130 (interrupted)."""
-    parsed = _parser().parse_args(arguments)
+    parsed = _parse(arguments)
     try:
         return parsed.action(parsed)
     except SuiteError as error:
@@ -42,6 +42,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         stderr.print("suite: interrupted; finished results are kept", style="red")
         return 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse, which alone would refuse options that follow a flag (`--json train.steps=3`)."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    strange = [word for word in rest if word.startswith("-") or not hasattr(parsed, "options")]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        parsed.options += rest
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,7 +21,7 @@ def suite(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_run_prints_one_json_object_and_nothing_else(tmp_path: Path) -> None:
-    done = suite("run", "impl=ddp", "train.steps=2", "train.warmup=0", *SMALL, "--json", folder=tmp_path)
+    done = suite("run", "impl=ddp", "--json", "train.steps=2", "train.warmup=0", *SMALL, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert (record["impl"], record["world_size"], record["step_time_s"]["n"]) == ("ddp", 2, 2)

@@ -8,13 +8,11 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from suite.impls.sharded.engine import Engine, make_collectives
+from suite.impls.sharded import Engine, shard
 from suite.impls.sharded.options import EngineOptions, UnoptimizedOptions
-from suite.impls.sharded.units import find_unit_modules
 from suite.testbeds.local import LocalRanks, LocalTestbed
 from suite.testbeds.testbed import RankContext
 
@@ -215,10 +213,7 @@ class Program:
     def _engine(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, options: EngineOptions, clip: float | None
     ) -> Engine:
-        collectives = make_collectives(dist.group.WORLD, self._rank, self._size, options)
-        device = torch.device("cpu")
-        modules = find_unit_modules(model)
-        return Engine(model, optimizer, modules, collectives, torch.float32, device, options, clip)
+        return shard(model, optimizer, clip=clip, options=options)
 
     def difference(
         self, scenario: str, optimizer: str, options: EngineOptions, micro_steps: int, clip: float | None

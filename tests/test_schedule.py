@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -143,7 +145,7 @@ def test_a_changed_order_is_followed_correctly_and_recorded_anew(
         walk(scheduler, machine, micro_step(order))
         assert scheduler.schedule is not None
         assert scheduler.schedule.events == tuple(micro_step(order))
-    changes = sum(before != after for before, after in zip(orders, orders[1:], strict=False))
+    changes = sum(before != after for before, after in pairwise(orders))
     assert scheduler.rerecorded == changes
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from torch import Tensor
 
-from suite.impls.sharded.engine import Engine, make_collectives
+from suite.impls.sharded import shard
 from suite.impls.sharded.options import EngineOptions
-from suite.impls.sharded.units import find_unit_modules
 from suite.impls.trainer import BuildModel, MicroBatch, Recipe, Topology, Trainer
 
 
@@ -24,15 +22,12 @@ class Zero3(Trainer):
         super().__init__(recipe, topology)
         self.partition_size = topology.world_size
         model = build_model().to(topology.device)
-        self.engine = Engine(
+        self.engine = shard(
             model,
             recipe.adamw(model.parameters()),
-            find_unit_modules(model),
-            make_collectives(dist.group.WORLD, topology.rank, topology.world_size, options),
-            recipe.dtype,
-            topology.device,
-            options,
-            recipe.clip,
+            precision=recipe.precision,
+            clip=recipe.clip,
+            options=options,
         )
 
     def full_parameters(self) -> dict[str, Tensor]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from suite.errors import UsageError
 from suite.impls.options import Options
 from suite.impls.sharded.schedule import Limits
 
 
 @dataclass
 class EngineOptions(Options):
-    """`partition_size`: ranks that together hold one replica of the model states; None is the world.
-
-    The rest, in the order of the claims (see docs/methods.md):
+    """In the order of the claims (see docs/methods.md):
 
     - `fine_grained_sync` (Z2): gathers run ahead of their use and reductions behind the rest of
       backward, each waited for when its unit is needed. Off: the compute waits for each at once.
@@ -33,7 +30,6 @@ class EngineOptions(Options):
     (both in MiB); `poison` fills released and not yet arrived buffers with NaN (tests).
     """
 
-    partition_size: int | None = None
     fine_grained_sync: bool = True
     cached_schedule: bool = True
     coalesced: bool = True
@@ -45,16 +41,6 @@ class EngineOptions(Options):
     prefetch_mb: float = 16.0
     coalesce_mb: float = 4.0
     poison: bool = False
-
-    def resolve(self, world_size: int, ranks_per_node: int) -> EngineOptions:
-        size = self.partition_size or world_size
-        if size < 1 or world_size % size:
-            divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
-            raise UsageError(
-                f"impl.options.partition_size={size} does not divide the {world_size} ranks; "
-                f"use one of {', '.join(map(str, divisors))}"
-            )
-        return replace(self, partition_size=size)
 
     @property
     def limits(self) -> Limits:
