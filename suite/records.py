@@ -48,7 +48,8 @@ class Record:
     Units are in the names: `_s` seconds, `_bytes` bytes, `tflops` 1e12 floating-point operations
     per second. Bytes are per optimizer step. `losses` and `grad_norms` are in step order, warm-up
     included. Records with the same `cohort` were timed interleaved in one run and may be compared
-    with each other. `step_times_s` are the raw repetitions behind the spread, in the order they were taken.
+    with each other. `details` are figures of the implementation's own, per step, units in their
+    names. `step_times_s` are the raw repetitions behind the spread, in the order they were taken.
     """
 
     evidence: str
@@ -82,6 +83,7 @@ class Record:
     started_at: str
     cohort: str
     notes: list[str] = field(default_factory=list)
+    details: dict[str, float] = field(default_factory=dict)
     schema: str = RUN_SCHEMA
 
 

@@ -182,4 +182,15 @@ def _record(team: Team, noise: Noise, started_at: str) -> Record:
         started_at=started_at,
         cohort=f"{started_at}/{config.workload.name}",
         notes=[NOISE_WARNING] if noise.noisy else [],
+        details=_details(team),
     )
+
+
+def _details(team: Team) -> dict[str, float]:
+    """The implementation's own counters per timed step, on the rank where each grew most."""
+    before, after = ([item.details for item in reading] for reading in (team.before, team.after))
+    steps = team.config.train.steps
+    return {
+        key: max(late[key] - early[key] for early, late in zip(before, after, strict=True)) / steps
+        for key in after[0]
+    }

@@ -28,10 +28,12 @@ class StepMeasurement:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a rank used so far; `connections` as of this moment (see `suite.harness.traffic`)."""
+    """What a rank used so far; `connections` as of this moment (see `suite.harness.traffic`),
+    `details` as counted by the implementation itself."""
 
     peak_memory_bytes: int
     connections: list[traffic.Connection]
+    details: dict[str, float]
 
 
 def recipe_of(train: TrainConfig) -> Recipe:
@@ -97,7 +99,7 @@ class Worker:
         self._memory.reset()
 
     def resources(self) -> Resources:
-        return Resources(self._memory.read(), traffic.connections())
+        return Resources(self._memory.read(), traffic.connections(), self._trainer.details())
 
     def partition_size(self) -> int | None:
         return self._trainer.partition_size

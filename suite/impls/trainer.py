@@ -158,6 +158,10 @@ class Trainer(ABC):
     def _optimizer_step(self) -> tuple[float, bool]:
         """Clips, steps and clears the gradients; returns (gradient norm, skipped)."""
 
+    def details(self) -> dict[str, float]:
+        """Figures of the implementation's own, counted up since it was made; units in their names."""
+        return {}
+
     def close(self) -> None:  # noqa: B027 (most implementations hold nothing)
         """Frees what outlives the object (hooks, threads); the process group stays."""
 

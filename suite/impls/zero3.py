@@ -44,5 +44,12 @@ class Zero3(Trainer):
     def _optimizer_step(self) -> tuple[float, bool]:
         return self.engine.step().item(), False
 
+    def details(self) -> dict[str, float]:
+        statistics = self.engine.statistics
+        return {
+            "deciding_s": statistics.deciding_s,
+            "gathered_bytes": float(statistics.gathered_bytes),
+        }
+
     def close(self) -> None:
         self.engine.close()

@@ -19,7 +19,7 @@ from rich.text import Text
 from suite.errors import UsageError
 from suite.records import AnyRecord
 from suite.reports import tables
-from suite.reports.claims import NOT_TESTABLE, VERDICTS, judge, write_claims
+from suite.reports.claims import judge, write_claims
 from suite.reports.cohorts import (
     FLOOR,
     NO_DIFFERENCE_RULE,
@@ -32,6 +32,7 @@ from suite.reports.cohorts import (
 )
 from suite.reports.plots import Plot, cohort_plots, implementation_plot, styles_for
 from suite.reports.published import INSTANCES, NUMBERS, SOURCES
+from suite.reports.verdicts import NOT_TESTABLE, VERDICTS
 
 INDEX = "index.html"
 CLAIMS = "claims.json"

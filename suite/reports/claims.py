@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from suite.config import Config, load, presets
 from suite.records import AnyRecord, Record
+from suite.reports.ablation import ABLATION_JUDGES
 from suite.reports.cohorts import (
     FLOOR,
     REFERENCE,
@@ -27,12 +28,7 @@ from suite.reports.cohorts import (
 )
 from suite.reports.published import CLAIMS, Claim
 from suite.reports.tables import scientific
-
-REPRODUCED = "reproduced"
-PARTLY = "partly"
-NOT_REPRODUCED = "not reproduced"
-NOT_TESTABLE = "not testable here"
-VERDICTS = (REPRODUCED, PARTLY, NOT_REPRODUCED, NOT_TESTABLE)
+from suite.reports.verdicts import NOT_REPRODUCED, NOT_TESTABLE, PARTLY, REPRODUCED, Finding, Judge
 
 CLAIMS_SCHEMA = "claims/1"
 
@@ -42,26 +38,6 @@ MICS_LIKE = ("mics", "deepspeed-mics", "hsdp")
 LOSS_TOLERANCE = 1e-5
 """Relative. Reductions in another order moved the loss of fp32 bert-tiny by 2e-7 within 60 steps; a
 gradient that is 2% off moves it by 6e-5 at the second step already."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What the records of one kind of evidence say about one claim."""
-
-    evidence: str
-    outcome: str
-    ours: str
-    spread: str
-    runs: tuple[Record, ...]
-
-
-@dataclass(frozen=True)
-class Judge:
-    """How a claim is tested; `evaluate` gets the runs of one kind of evidence and returns None when
-    they do not hold what it needs."""
-
-    rule: str
-    evaluate: Callable[[Sequence[Record]], Finding | None]
 
 
 @dataclass(frozen=True)
@@ -167,6 +143,7 @@ def _convergence_text(
 
 
 JUDGES = {
+    **ABLATION_JUDGES,
     "M8": Judge(
         rule=(
             "A curve coincides when the loss of every step is within "
@@ -196,7 +173,7 @@ def _verdict(claim: Claim, runs: Sequence[Record]) -> Verdict:
         return Verdict(claim, NOT_TESTABLE, entry.rule, (), missing, ())
     outcomes = {finding.outcome for finding in findings}
     verdict = outcomes.pop() if len(outcomes) == 1 else PARTLY
-    return Verdict(claim, verdict, entry.rule, findings, None, _commands(findings))
+    return Verdict(claim, verdict, entry.rule, findings, None, entry.commands or _commands(findings))
 
 
 def _commands(findings: Iterable[Finding]) -> tuple[str, ...]:
