@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from suite.testbeds.local import stay_forkable
 
-# Ranks are forked from this process, and a child of a process that has run torch on several threads
-# hangs in its own first parallel region (see suite/testbeds/local.py).
-torch.set_num_threads(1)
+# Tests compute in this process, and fork ranks from it.
+stay_forkable()

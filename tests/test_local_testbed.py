@@ -145,3 +145,15 @@ def test_a_program_that_cannot_start_is_reported_like_any_failure() -> None:
     with pytest.raises(RankError, match="failed in start-up: RuntimeError: no model"):
         with LocalTestbed(2, 2).launch(broken, 30):
             pass
+
+
+def test_a_rank_may_compute_on_several_threads_after_its_parent_has_computed() -> None:
+    """The parent keeps to one thread (conftest.py): a forked thread pool would hang here."""
+
+    class Computes(Program):
+        def multiply(self) -> float:
+            return (torch.ones(600, 600) @ torch.ones(600, 600)).sum().item()
+
+    assert (torch.ones(600, 600) @ torch.ones(600, 600)).sum() == 600**3
+    with LocalTestbed(1, 1, threads=2).launch(Computes, 30) as running:
+        assert running.call("multiply", timeout_s=20) == [600**3]

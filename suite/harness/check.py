@@ -147,7 +147,7 @@ def compare(run: ReferenceRun, reference: ReferenceRun) -> Differences:
 
 
 def _write_reference(config: Config, precision: str, path: Path) -> None:
-    alone = LocalTestbed(ranks=1, ranks_per_node=1)
+    alone = LocalTestbed(ranks=1, ranks_per_node=1, threads=1)
     with alone.launch(
         lambda context: ReferenceWorker(config, context), config.testbed.startup_timeout_s
     ) as ranks:

@@ -9,7 +9,7 @@ from typing import Any
 from suite.config import Config
 from suite.errors import unknown
 from suite.impls import registry
-from suite.testbeds.local import LocalTestbed
+from suite.testbeds.local import LocalTestbed, stay_forkable
 from suite.testbeds.testbed import RankContext, Ranks, Testbed
 from suite.workloads import data, models
 
@@ -29,6 +29,7 @@ def prepare(config: Config) -> None:
 
     Raises UsageError; nothing has been started or written into the results by then.
     """
+    stay_forkable()
     testbed_of(config)
     registry.parse_options(config.impl.name, config.impl.options, config.world_size, config.ranks_per_node)
     data.prepare(config.workload, config.global_batch)

@@ -1,7 +1,7 @@
 """Ranks as processes of this host, forked from a parent that has already imported torch.
 
 Forking makes a start cost milliseconds instead of seconds per rank. The parent must not have run
-any multi-threaded torch code before: a forked OpenMP pool hangs.
+torch on several threads before (`stay_forkable`): a forked OpenMP pool hangs.
 """
 
 from __future__ import annotations
@@ -35,6 +35,13 @@ LOOPBACK = "127.0.0.1"
 KILL_GRACE_S = 5.0
 FAILURE_GRACE_S = 0.5
 PR_SET_PDEATHSIG = 1
+
+
+def stay_forkable() -> None:
+    """Keeps this process from starting torch's thread pool, on which forked ranks would hang in their
+    first parallel region. To be called before anything that may compute, imports of frameworks
+    included; ranks set their own number of threads."""
+    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
