@@ -47,9 +47,10 @@ class Record:
 
     Units are in the names: `_s` seconds, `_bytes` bytes, `tflops` 1e12 floating-point operations
     per second. Bytes are per optimizer step. `losses` and `grad_norms` are in step order, warm-up
-    included. Records with the same `cohort` were timed interleaved in one run and may be compared
-    with each other. `details` are figures of the implementation's own, per step, units in their
-    names. `step_times_s` are the raw repetitions behind the spread, in the order they were taken.
+    included. Records with the same `cohort` were timed interleaved in one run and may be compared with
+    each other; `stage` is the sweep's stage that asked for the record, empty outside a sweep. `details`
+    are figures of the implementation's own, per step, units in their names. `step_times_s` are the raw
+    repetitions behind the spread, in the order they were taken.
     """
 
     evidence: str
@@ -84,6 +85,7 @@ class Record:
     cohort: str
     notes: list[str] = field(default_factory=list)
     details: dict[str, float] = field(default_factory=dict)
+    stage: str = ""
     schema: str = RUN_SCHEMA
 
 
@@ -117,6 +119,7 @@ class CheckRecord:
     config_hash: str
     started_at: str
     notes: list[str] = field(default_factory=list)
+    stage: str = ""
     schema: str = CHECK_SCHEMA
 
 

@@ -134,3 +134,12 @@ def test_a_failed_cell_is_reported_and_tried_again_next_time(
     assert [(type(f), str(f.error)) for f in outcome.failures] == [(Failure, "rank 1 failed")]
     monkeypatch.setattr(sweep_module, "check", check)
     assert len(run_sweep(cohorts[:1], tmp_path).finished) == 1
+
+
+def test_a_yardstick_is_measured_in_every_stage_that_names_it(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    base = "{workload: {data: synthetic, model: {layers: 1}}, testbed: {ranks: 2}}"
+    stage = f"{{kind: check, impls: [ddp], base: {base}"
+    file.write_text(f"stages: [{stage}, name: one}}, {stage}, name: two}}]")
+    assert len(run_sweep(read_sweep(file), tmp_path).finished) == 2
+    assert run_sweep(read_sweep(file), tmp_path).skipped == 2

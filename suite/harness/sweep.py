@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ def run_sweep(
     outcome = Outcome()
     todo = []
     for cohort in cohorts:
-        left = [cell for cell in cohort.cells if (cohort.kind, cell.hash()) not in finished]
+        left = [cell for cell in cohort.cells if (cohort.kind, cohort.stage, cell.hash()) not in finished]
         outcome.skipped += len(cohort.cells) - len(left)
         if left:
             todo.append(Cohort(cohort.stage, cohort.kind, left))
@@ -152,8 +152,9 @@ def run_sweep(
             if isinstance(result, Failure):
                 outcome.failures.append(result)
             else:
-                append(file, result)
-                outcome.finished.append(result)
+                record = replace(result, stage=cohort.stage)
+                append(file, record)
+                outcome.finished.append(record)
     return outcome
 
 
@@ -192,5 +193,6 @@ def _run_cohort(cohort: Cohort, clock: _Clock) -> Iterable[Record | CheckRecord 
         yield result
 
 
-def _identity(record: Record | CheckRecord) -> tuple[str, str]:
-    return ("run" if isinstance(record, Record) else "check", record.config_hash)
+def _identity(record: Record | CheckRecord) -> tuple[str, str, str]:
+    """The same configuration may be a cell of several stages: a yardstick is measured in each."""
+    return ("run" if isinstance(record, Record) else "check", record.stage, record.config_hash)
