@@ -33,9 +33,10 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m suite.impls.deepspeed_build
 	@touch $(READY)
 
+# A cell that failed (status 1) is named, and the report is written from the others.
 reproduce-vldb: setup
-	@$(BIN)/suite sweep configs/sweeps/reproduce_$(PROFILE).yaml --out $(RESULTS)
-	@$(BIN)/suite report $(RESULTS) --out $(REPORT)
+	@status=0; $(BIN)/suite sweep configs/sweeps/reproduce_$(PROFILE).yaml --out $(RESULTS) || status=$$?; \
+	if [ $$status -le 1 ]; then $(BIN)/suite report $(RESULTS) --out $(REPORT); fi; exit $$status
 
 report: setup
 	@$(BIN)/suite report $(RESULTS) --out $(REPORT)
