@@ -177,11 +177,7 @@ class NativeCollectives(Collectives):
             flats.append(flat)
             sums.append(result)
 
-        def finish() -> None:
-            for item, result in zip(reductions, sums, strict=True):
-                item.shard.add_(result) if item.accumulate else item.shard.copy_(result)
-
-        return Handle(works, finish, keep=flats)
+        return Handle(works, lambda: _store(reductions, sums), keep=flats)
 
 
 class FlatteningCollectives(Collectives):
@@ -215,11 +211,7 @@ class FlatteningCollectives(Collectives):
             parts.append(own)
             sums.append(result)
 
-        def finish() -> None:
-            for item, result in zip(reductions, sums, strict=True):
-                item.shard.add_(result) if item.accumulate else item.shard.copy_(result)
-
-        return Handle(works, finish, keep=parts)
+        return Handle(works, lambda: _store(reductions, sums), keep=parts)
 
 
 def flatten(pieces: Sequence[Piece], numel: int, like: Tensor) -> Tensor:
@@ -263,6 +255,12 @@ def _overlap(pieces: Sequence[Piece], index: int, shard_numel: int) -> Iterator[
         low, high = max(offset, begin), min(offset + values.numel(), end)
         if low < high:
             yield low - begin, values.reshape(-1).narrow(0, low - offset, high - low)
+
+
+def _store(reductions: Sequence[Reduction], sums: Sequence[Tensor]) -> None:
+    """What a backend's reduce-scatter delivered, into the shards."""
+    for item, result in zip(reductions, sums, strict=True):
+        item.shard.add_(result) if item.accumulate else item.shard.copy_(result)
 
 
 def _write_own(item: Reduction, index: int) -> None:
