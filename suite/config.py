@@ -18,6 +18,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from suite.errors import UsageError, unknown
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+SHORT_KEYS = ("impl", "testbed", "workload", "cluster")
+"""Keys with a name of their own, which may be given alone: `impl=ddp`."""
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -92,6 +94,28 @@ class TestbedConfig:
 
 
 @dataclass
+class ClusterConfig:
+    """One kind of node, and how many of them (`configs/clusters/`): what the emulated testbed makes a
+    scale model of and the projection computes with. Bandwidths are per direction.
+
+    `peak_tflops`: dense half precision with tensor cores, per GPU. `intra_node_gb_s`: per GPU,
+    gigabytes/s through NVLink or what there is. `inter_node_gbit_s`: per node, gigabits/s.
+    """
+
+    name: str = "p3dn"
+    nodes: int = 8
+    gpus_per_node: int = 8
+    gpu: str = "V100"
+    peak_tflops: float = 125.0
+    memory_gb: float = 32.0
+    memory_gb_s: float = 900.0
+    intra_node_gb_s: float = 150.0
+    intra_node_latency_us: float = 5.0
+    inter_node_gbit_s: float = 100.0
+    inter_node_latency_us: float = 20.0
+
+
+@dataclass
 class WandbConfig:
     """Weights & Biases; `offline` needs no account, `online` a login, `disabled` writes nothing."""
 
@@ -102,12 +126,13 @@ class WandbConfig:
 
 @dataclass
 class Config:
-    """One run of one implementation."""
+    """One run of one implementation. `cluster` matters where something else than this host is meant."""
 
     impl: ImplConfig = field(default_factory=ImplConfig)
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     testbed: TestbedConfig = field(default_factory=TestbedConfig)
+    cluster: ClusterConfig | None = None
     wandb: WandbConfig = field(default_factory=WandbConfig)
     out: str | None = None
 
@@ -148,20 +173,28 @@ def load(overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
     """The configuration for a dotlist (`["impl=ddp", "train.steps=3"]`) or a nested mapping.
 
     `impl=NAME` and `testbed=NAME` are short for `impl.name=NAME` and `testbed.name=NAME`;
-    `workload=NAME` loads that preset. Raises UsageError for an unknown key, preset or value.
+    `workload=NAME` and `cluster=NAME` load that preset. Raises UsageError for an unknown key, preset or value.
     """
     given = _given(overrides)
-    for key in ("impl", "testbed", "workload"):
-        if key in given and not isinstance(given[key], DictConfig):
+    for key in SHORT_KEYS:
+        if given.get(key) is not None and not isinstance(given[key], DictConfig):
             given[key] = {"name": given[key]}
     merged = OmegaConf.structured(Config)
-    preset = OmegaConf.select(given, "workload.name", default="bert-tiny")
-    if preset not in presets("workloads"):
-        raise unknown("workload", str(preset), presets("workloads"))
-    merged = _merge(merged, OmegaConf.load(CONFIGS / "workloads" / f"{preset}.yaml"))
+    merged = _merge(
+        merged, _preset("workloads", OmegaConf.select(given, "workload.name", default="bert-tiny"))
+    )
+    if given.get("cluster") is not None:
+        merged.cluster = ClusterConfig()
+        merged = _merge(merged, _preset("clusters", OmegaConf.select(given, "cluster.name", default="p3dn")))
     config = OmegaConf.to_object(_merge(merged, given))
     assert isinstance(config, Config)
     return _resolve(config)
+
+
+def _preset(kind: str, name: Any) -> Any:
+    if name not in presets(kind):
+        raise unknown(kind.removesuffix("s"), str(name), presets(kind))
+    return OmegaConf.load(CONFIGS / kind / f"{name}.yaml")
 
 
 def _given(overrides: Iterable[str] | Mapping[str, Any]) -> DictConfig:
@@ -174,7 +207,7 @@ def _given(overrides: Iterable[str] | Mapping[str, Any]) -> DictConfig:
                 raise UsageError(f"{word!r} is not an option; options are written key=value")
         # A bare name and a key below it may both be given (`workload=x workload.data=y`), in
         # any order: the name goes first, or OmegaConf would overwrite the rest.
-        short = {f"{key}=" for key in ("impl", "testbed", "workload")}
+        short = {f"{key}=" for key in SHORT_KEYS}
         words = [
             word.replace("=", ".name=", 1) if word[: word.index("=") + 1] in short else word for word in words
         ]
@@ -191,7 +224,7 @@ def _merge(base: Any, extra: Any) -> DictConfig:
         merged = OmegaConf.merge(base, extra)
     except ConfigKeyError as error:
         key = str(error.full_key)
-        raise unknown("key", key, key_names(Config())) from error
+        raise unknown("key", key, key_names(Config(cluster=ClusterConfig()))) from error
     except OmegaConfBaseException as error:
         raise UsageError(f"bad value for {error.full_key}: {_first_line(error)}") from error
     assert isinstance(merged, DictConfig)

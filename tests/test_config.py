@@ -24,9 +24,20 @@ def test_every_preset_loads() -> None:
         assert load([f"workload={name}"]).workload.name == name
 
 
+def test_a_cluster_is_there_only_when_it_is_asked_for() -> None:
+    assert load([]).cluster is None
+    cluster = load(["cluster.nodes=16", "cluster=p4d"]).cluster
+    assert cluster is not None
+    assert (cluster.name, cluster.nodes, cluster.inter_node_gbit_s) == ("p4d", 16, 400)
+    for name in presets("clusters"):
+        assert load([f"cluster={name}"]).cluster.name == name  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["cluster=p3"], "unknown cluster 'p3'; did you mean 'p3dn'?"),
+        (["cluster=p3dn", "cluster.nodez=3"], "unknown key 'cluster.nodez'; did you mean 'cluster.nodes'?"),
         (["train.stepz=3"], "unknown key 'train.stepz'; did you mean 'train.steps'?"),
         (["trian.steps=3"], "unknown key 'trian'; did you mean 'train'?"),
         (["workload=bert-tny"], "unknown workload 'bert-tny'; did you mean 'bert-tiny'?"),
