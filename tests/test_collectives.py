@@ -11,18 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from suite.impls.sharded.collectives import (
-    AloneCollectives,
-    Collectives,
-    DirectCollectives,
-    FlatteningCollectives,
-    NativeCollectives,
-    Reduction,
-)
+from suite.impls.sharded.collectives import AloneCollectives, Collectives, Reduction
+from suite.impls.sharded.direct import DirectCollectives
+from suite.impls.sharded.native import FlatteningCollectives, NativeCollectives
 from suite.testbeds.local import LocalRanks, LocalTestbed
 from suite.testbeds.testbed import RankContext
 
-KINDS: dict[str, type[Collectives]] = {
+KINDS: dict[str, type[DirectCollectives | NativeCollectives]] = {
     kind.__name__: kind for kind in (DirectCollectives, NativeCollectives, FlatteningCollectives)
 }
 Layout = Sequence[tuple[int, int]]
@@ -41,7 +36,9 @@ class Program:
         self._size = context.world_size
 
     def _collectives(self, kind: str) -> Collectives:
-        return (KINDS[kind] if self._size > 1 else AloneCollectives)(dist.group.WORLD, self._rank, self._size)
+        if self._size == 1:
+            return AloneCollectives(0, 1)
+        return KINDS[kind](dist.group.WORLD, self._rank, self._size)
 
     def all_gather(self, kind: str, sizes: Sequence[int], dtype: torch.dtype) -> bool:
         shards = [values(self._rank, number, numel, dtype) for number, numel in enumerate(sizes)]
@@ -70,6 +67,14 @@ class Program:
         for number, (offset, numel) in enumerate(layout):
             flat.narrow(0, offset, numel).copy_(values(rank, number, numel, dtype))
         return flat
+
+    def all_reduce(self, kind: str, sizes: Sequence[int], wire: torch.dtype) -> bool:
+        tensors = [values(self._rank, number, numel, torch.float32) for number, numel in enumerate(sizes)]
+        self._collectives(kind).all_reduce(tensors, wire).wait()
+        return all(
+            torch.equal(tensor, sum(values(rank, number, numel, torch.float32) for rank in range(self._size)))
+            for number, (tensor, numel) in enumerate(zip(tensors, sizes, strict=True))
+        )
 
     def two_in_flight(self, kind: str) -> bool:
         """A gather is started before the reduction before it is over, and waited for first."""
@@ -118,6 +123,14 @@ def test_reduce_scatter_sums_pieces_where_they_lie_and_leaves_padding_zero(
     shard_numel = data.draw(st.integers(1, 40))
     layout = data.draw(layouts(shard_numel * len(ranks.pids())))
     assert all(ranks.call("reduce_scatter", kind, shard_numel, layout, dtype, accumulate, timeout_s=30))
+
+
+@quick
+@given(kind=kinds, sizes=st.lists(st.integers(1, 70), min_size=1, max_size=4), wire=dtypes)
+def test_all_reduce_sums_on_every_rank(
+    ranks: LocalRanks, kind: str, sizes: list[int], wire: torch.dtype
+) -> None:
+    assert all(ranks.call("all_reduce", kind, sizes, wire, timeout_s=30))
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

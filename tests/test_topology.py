@@ -42,7 +42,7 @@ def test_a_partition_group_holds_every_shard_once_and_a_replication_group_one_sh
 def test_in_a_group_of_whole_nodes_equal_local_ranks_hold_one_contiguous_segment(
     topology: PartitionTopology,
 ) -> None:
-    if not topology.fills_nodes:
+    if not topology.hierarchical:
         return
     nodes = topology.nodes_per_group
     for group in topology.partition_groups():

@@ -31,9 +31,14 @@ class PartitionOptions(Options):
     def resolve(self, world_size: int, ranks_per_node: int) -> PartitionOptions:
         size = self.partition_size
         if size is None:
-            size = ranks_per_node if world_size > ranks_per_node else max(1, world_size // 2)
+            size = default_partition_size(world_size, ranks_per_node)
         check_partition_size(size, world_size)
         return replace(self, partition_size=size)
+
+
+def default_partition_size(world_size: int, ranks_per_node: int) -> int:
+    """A node where there are several, otherwise half of the world."""
+    return ranks_per_node if world_size > ranks_per_node else max(1, world_size // 2)
 
 
 def check_partition_size(size: int, world_size: int) -> None:

@@ -22,8 +22,9 @@ from suite.impls.fairscale_sharded import FairScaleFSDP, FairScaleSDP, SDPOption
 from suite.impls.fairscale_shims import FSDP_SHIMS
 from suite.impls.floor import Floor
 from suite.impls.fsdp2 import FSDP2, HSDP
+from suite.impls.mics import MiCS
 from suite.impls.options import Options, PartitionOptions
-from suite.impls.sharded.options import EngineOptions, UnoptimizedOptions
+from suite.impls.sharded.options import MicsOptions, UnoptimizedOptions, Zero3Options
 from suite.impls.trainer import BuildModel, Recipe, Topology, Trainer
 from suite.impls.zero3 import Zero3
 
@@ -47,9 +48,12 @@ class Implementation:
     requires: tuple[str, ...] = ()
     extra: str | None = None
     shims: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ("fp32", "bf16")
     check: Callable[[], None] | None = None
     prepare: Callable[[str | None], None] | None = None
 
+
+ENGINE_PRECISIONS = ("fp32", "bf16", "fp16")
 
 _ZERO_STAGES = {
     1: "DeepSpeed ZeRO-1: optimizer states sharded over the world",
@@ -134,7 +138,8 @@ _ALL = (
         Zero3,
         "this project's engine, one partition group: ZeRO-3 with every published optimisation",
         "Its messages are sent by threads that share the cores with the compute.",
-        options=EngineOptions,
+        options=Zero3Options,
+        precisions=ENGINE_PRECISIONS,
     ),
     Implementation(
         "zero3-unoptimized",
@@ -142,6 +147,15 @@ _ALL = (
         "the same engine with every optimisation off: stage 3 as it was before them",
         "Blocking by design, and on gloo's own collectives.",
         options=UnoptimizedOptions,
+        precisions=ENGINE_PRECISIONS,
+    ),
+    Implementation(
+        "mics",
+        MiCS,
+        "the same engine with partition groups, hierarchical collectives and two-hop synchronisation",
+        "Its messages are sent by threads that share the cores with the compute.",
+        options=MicsOptions,
+        precisions=ENGINE_PRECISIONS,
     ),
 )
 

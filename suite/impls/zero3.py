@@ -10,23 +10,27 @@ from suite.impls.trainer import BuildModel, MicroBatch, Recipe, Topology, Traine
 
 
 class Zero3(Trainer):
-    """Parameters, gradients and optimizer states sharded over the world (S1).
+    """Parameters, gradients and optimizer states sharded over the world (S1), or, where the options
+    say so, over smaller partition groups.
 
-    bf16: weights are gathered and gradients sent in bf16; a shard's gradients are added up in fp32;
-    masters and AdamW states are fp32.
+    bf16 and fp16: weights are gathered and gradients sent in that dtype; a shard's gradients are
+    added up in fp32; masters and AdamW states are fp32.
     """
 
     def __init__(
         self, build_model: BuildModel, recipe: Recipe, topology: Topology, options: EngineOptions
     ) -> None:
         super().__init__(recipe, topology)
-        self.partition_size = topology.world_size
+        assert isinstance(options.partition_size, int), "resolve() fills in the partition size"
+        self.partition_size = options.partition_size
         model = build_model().to(topology.device)
         self.engine = shard(
             model,
             recipe.adamw(model.parameters()),
             precision=recipe.precision,
             clip=recipe.clip,
+            partition_size=options.partition_size,
+            ranks_per_node=topology.ranks_per_node,
             options=options,
         )
 
@@ -35,14 +39,15 @@ class Zero3(Trainer):
 
     def _forward_backward(self, micro_batch: MicroBatch, last: bool) -> Tensor:
         loss = micro_batch.loss(self.engine.model)
-        self.engine.backward(loss)
+        self.engine.backward(loss, last)
         return loss.detach()
 
     def _read_gradients(self) -> dict[str, Tensor]:
         return dict(self.engine.full_gradients())
 
     def _optimizer_step(self) -> tuple[float, bool]:
-        return self.engine.step().item(), False
+        norm = self.engine.step().item()
+        return norm, self.engine.skipped
 
     def details(self) -> dict[str, float]:
         statistics = self.engine.statistics

@@ -13,11 +13,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from suite.impls.sharded.collectives import Collectives, DirectCollectives, NativeCollectives, Reduction
+from suite.impls.sharded.collectives import Reduction
+from suite.impls.sharded.direct import DirectCollectives
+from suite.impls.sharded.native import NativeCollectives
 from suite.testbeds.local import LocalRanks, LocalTestbed
 from suite.testbeds.testbed import RankContext
 
-KINDS: dict[str, type[Collectives]] = {"direct": DirectCollectives, "stock gloo": NativeCollectives}
+KINDS: dict[str, type[DirectCollectives | NativeCollectives]] = {
+    "direct": DirectCollectives,
+    "stock gloo": NativeCollectives,
+}
 
 
 class Program:

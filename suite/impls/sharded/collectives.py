@@ -1,8 +1,9 @@
-"""All-gather and reduce-scatter of flat buffers, asynchronous, with the best primitive per backend.
+"""What the engine asks of collectives: flat buffers, asynchronous, several at once.
 
 A flat buffer of `size * n` elements belongs to a group of `size` ranks; shard i, of n elements, is
 its i-th contiguous part. Every call moves several buffers at once and returns a handle; the data
-may be used, and the buffers touched, only after `handle.wait()`.
+may be used, and the buffers touched, only after `handle.wait()`. All ranks of a group make the same
+calls in the same order. See `direct`, `hierarchical` and `native` for the implementations.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 SMALL_BYTES = 64 * 1024
@@ -21,12 +22,18 @@ Piece = tuple[int, Tensor]
 """(offset, values): `values` (any shape, contiguous) lies at `offset` of a flat buffer."""
 
 
+class Transfer(Protocol):
+    """What can be waited for: a `torch.distributed.Work`, or a chain of them."""
+
+    def wait(self) -> Any: ...
+
+
 class Handle:
     """A collective in flight: transfers to wait for, then what remains to be done locally."""
 
     def __init__(
         self,
-        works: Sequence[dist.Work],
+        works: Sequence[Transfer],
         finish: Callable[[], None] | None = None,
         keep: Sequence[object] = (),
     ) -> None:
@@ -59,10 +66,9 @@ class Reduction:
 
 
 class Collectives(ABC):
-    """The collectives of one group; `index` is this rank's shard."""
+    """The collectives of one group of `size` ranks, of which this one holds shard `index`."""
 
-    def __init__(self, group: dist.ProcessGroup | None, index: int, size: int) -> None:
-        self.group = group
+    def __init__(self, index: int, size: int) -> None:
         self.index = index
         self.size = size
 
@@ -74,6 +80,14 @@ class Collectives(ABC):
     def reduce_scatter(self, reductions: Sequence[Reduction]) -> Handle:
         """Sums over the group; the wire carries the pieces' dtype, the sum is taken in the shard's
         where the primitive allows it."""
+
+    @abstractmethod
+    def all_reduce(self, tensors: Sequence[Tensor], wire: torch.dtype) -> Handle:
+        """Replaces each tensor by its sum over the group, bitwise the same on every rank; the wire
+        carries `wire`."""
+
+    def close(self) -> None:  # noqa: B027 (most hold nothing)
+        """Ends the threads that it holds."""
 
 
 class AloneCollectives(Collectives):
@@ -87,131 +101,11 @@ class AloneCollectives(Collectives):
 
     def reduce_scatter(self, reductions: Sequence[Reduction]) -> Handle:
         for item in reductions:
-            _write_own(item, 0)
+            write_own(item, 0)
         return Handle(())
 
-
-class DirectCollectives(Collectives):
-    """Point-to-point messages between every pair of ranks, straight from and into their final place.
-
-    For gloo: its own reduce-scatter moves an all-reduce's volume and its ring all-gather is slow.
-    Each rank sends exactly (size - 1) shards per buffer in either collective, and a gradient goes
-    out from where autograd left it (S1 names such group-batched collectives as future work).
-    """
-
-    def all_gather(self, fulls: Sequence[Tensor], shards: Sequence[Tensor]) -> Handle:
-        works: list[dist.Work] = []
-        for full, shard in zip(fulls, shards, strict=True):
-            for peer in self._peers():
-                works.append(self._receive(full.narrow(0, peer * len(shard), len(shard)), peer))
-        for full, shard in zip(fulls, shards, strict=True):
-            for peer in self._peers():
-                works.append(self._send(shard, peer))
-            full.narrow(0, self.index * len(shard), len(shard)).copy_(shard)
-        return Handle(works, keep=shards)
-
-    def reduce_scatter(self, reductions: Sequence[Reduction]) -> Handle:
-        works: list[dist.Work] = []
-        received = [self._post_receives(item, works) for item in reductions]
-        for item in reductions:
-            for peer in self._peers():
-                for _, part in _overlap(item.pieces, peer, len(item.shard)):
-                    works.append(self._send(part, peer))
-
-        def finish() -> None:
-            for item, rows in zip(reductions, received, strict=True):
-                self._sum(item, rows)
-
-        return Handle(works, finish, keep=reductions)
-
-    def _peers(self) -> Iterator[int]:
-        """All others, starting after oneself, so that not everybody sends to the same rank first."""
-        return ((self.index + step) % self.size for step in range(1, self.size))
-
-    def _send(self, tensor: Tensor, peer: int) -> dist.Work:
-        work = dist.isend(tensor, group=self.group, group_dst=peer)
-        assert work is not None
-        return work
-
-    def _receive(self, tensor: Tensor, peer: int) -> dist.Work:
-        work = dist.irecv(tensor, group=self.group, group_src=peer)
-        assert work is not None
-        return work
-
-    def _post_receives(self, item: Reduction, works: list[dist.Work]) -> Tensor:
-        """One row of this rank's shard per peer; only what pieces cover is received."""
-        mine = list(_overlap(item.pieces, self.index, len(item.shard)))
-        dtype = item.pieces[0][1].dtype if item.pieces else item.shard.dtype
-        rows = torch.empty(self.size - 1, len(item.shard), dtype=dtype, device=item.shard.device)
-        for row, peer in zip(rows, self._peers(), strict=True):
-            for start, part in mine:
-                works.append(self._receive(row.narrow(0, start, len(part)), peer))
-        return rows
-
-    def _sum(self, item: Reduction, rows: Tensor) -> None:
-        _write_own(item, self.index)
-        for start, part in _overlap(item.pieces, self.index, len(item.shard)):
-            target = item.shard.narrow(0, start, len(part))
-            for row in rows:
-                target.add_(row.narrow(0, start, len(part)))
-
-
-class NativeCollectives(Collectives):
-    """The backend's own tensor collectives on flat buffers (NCCL; stock gloo for comparison)."""
-
-    def all_gather(self, fulls: Sequence[Tensor], shards: Sequence[Tensor]) -> Handle:
-        works = [
-            dist.all_gather_into_tensor(full, shard, group=self.group, async_op=True)
-            for full, shard in zip(fulls, shards, strict=True)
-        ]
-        return Handle([work for work in works if work is not None], keep=shards)
-
-    def reduce_scatter(self, reductions: Sequence[Reduction]) -> Handle:
-        works, flats, sums = [], [], []
-        for item in reductions:
-            flat = flatten(item.pieces, self.size * len(item.shard), item.shard)
-            result = torch.empty(len(item.shard), dtype=flat.dtype, device=flat.device)
-            work = dist.reduce_scatter_tensor(result, flat, group=self.group, async_op=True)
-            assert work is not None
-            works.append(work)
-            flats.append(flat)
-            sums.append(result)
-
-        return Handle(works, lambda: _store(reductions, sums), keep=flats)
-
-
-class FlatteningCollectives(Collectives):
-    """The list-based calls of old: results land in temporary tensors and are copied to their place,
-    gradients are copied into one buffer first. Kept to measure what pre-flattening buys (Z5)."""
-
-    def all_gather(self, fulls: Sequence[Tensor], shards: Sequence[Tensor]) -> Handle:
-        works, results = [], []
-        for shard in shards:
-            parts = [torch.empty_like(shard) for _ in range(self.size)]
-            work = dist.all_gather(parts, shard, group=self.group, async_op=True)
-            assert work is not None
-            works.append(work)
-            results.append(parts)
-
-        def finish() -> None:
-            for full, parts in zip(fulls, results, strict=True):
-                full.copy_(torch.cat(parts))
-
-        return Handle(works, finish, keep=shards)
-
-    def reduce_scatter(self, reductions: Sequence[Reduction]) -> Handle:
-        works, parts, sums = [], [], []
-        for item in reductions:
-            flat = flatten(item.pieces, self.size * len(item.shard), item.shard)
-            own = [part.clone() for part in flat.chunk(self.size)]
-            result = torch.empty_like(own[0])
-            work = dist.reduce_scatter(result, own, group=self.group, async_op=True)
-            assert work is not None
-            works.append(work)
-            parts.append(own)
-            sums.append(result)
-
-        return Handle(works, lambda: _store(reductions, sums), keep=parts)
+    def all_reduce(self, tensors: Sequence[Tensor], wire: torch.dtype) -> Handle:
+        return Handle(())
 
 
 def flatten(pieces: Sequence[Piece], numel: int, like: Tensor) -> Tensor:
@@ -248,7 +142,7 @@ def _ends_at(piece: Piece) -> int:
     return piece[0] + piece[1].numel()
 
 
-def _overlap(pieces: Sequence[Piece], index: int, shard_numel: int) -> Iterator[Piece]:
+def overlap(pieces: Sequence[Piece], index: int, shard_numel: int) -> Iterator[Piece]:
     """The parts of the pieces inside shard `index`: (offset within the shard, flat view)."""
     begin, end = index * shard_numel, (index + 1) * shard_numel
     for offset, values in pieces:
@@ -257,15 +151,9 @@ def _overlap(pieces: Sequence[Piece], index: int, shard_numel: int) -> Iterator[
             yield low - begin, values.reshape(-1).narrow(0, low - offset, high - low)
 
 
-def _store(reductions: Sequence[Reduction], sums: Sequence[Tensor]) -> None:
-    """What a backend's reduce-scatter delivered, into the shards."""
-    for item, result in zip(reductions, sums, strict=True):
-        item.shard.add_(result) if item.accumulate else item.shard.copy_(result)
-
-
-def _write_own(item: Reduction, index: int) -> None:
+def write_own(item: Reduction, index: int) -> None:
     """This rank's own addend into its shard."""
     if not item.accumulate:
         item.shard.zero_()
-    for start, part in _overlap(item.pieces, index, len(item.shard)):
+    for start, part in overlap(item.pieces, index, len(item.shard)):
         item.shard.narrow(0, start, len(part)).add_(part)

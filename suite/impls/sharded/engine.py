@@ -7,7 +7,6 @@ the same modules in the same order.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,13 +17,13 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from suite.impls.sharded import optimizer as arena_optimizer
-from suite.impls.sharded.collectives import Collectives, Handle, Piece, Reduction, flatten, join_small
+from suite.impls.sharded.collectives import Collectives, Handle
+from suite.impls.sharded.groups import Groups
+from suite.impls.sharded.materialize import Initialize, materialize, materialize_buffers
 from suite.impls.sharded.options import EngineOptions
 from suite.impls.sharded.schedule import Action, Event, Op, Phase, Scheduler
+from suite.impls.sharded.two_hop import TwoHop
 from suite.impls.sharded.units import Bucket, Slot, Unit, build_arenas, build_units, take_over
-
-REDUCTIONS_IN_FLIGHT = 2
-"""How many units' gradients may be on their way: one being sent while the next is computed."""
 
 
 @dataclass
@@ -34,12 +33,14 @@ class Statistics:
     micro_steps: int = 0
     gathered_bytes: int = 0
     """Full sizes of all gathered buffers."""
+    peak_gathered_bytes: int = 0
+    """Most that gathered buffers have taken at a time."""
     deciding_s: float = 0.0
     """Host time spent deciding what to fetch, release and reduce."""
 
 
 class Engine:
-    """Shards `model` and its `optimizer` over the collectives' group.
+    """Shards `model` and its `optimizer` over the groups.
 
     Afterwards train with `loss = model(...)`, `engine.backward(loss)` (as often as there are
     micro-steps) and `engine.step()`. Gradients of micro-steps and ranks are added up: scale the loss
@@ -51,68 +52,128 @@ class Engine:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         unit_modules: Sequence[nn.Module],
-        collectives: Collectives,
+        groups: Groups,
         dtype: torch.dtype,
         device: torch.device,
         options: EngineOptions,
         clip: float | None = None,
+        initialize: Initialize | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.statistics = Statistics()
-        self._collectives = collectives
+        self.loss_scale = arena_optimizer.LossScale() if dtype is torch.float16 else None
+        self.skipped = False
+        """Whether the last step left the parameters alone, because fp16 had overflowed."""
+        self._groups = groups
         self._options = options
         self._clip = clip
-        group_of = {
-            parameter: number
-            for number, group in enumerate(optimizer.param_groups)
-            for parameter in group["params"]
-        }
-        self.units = build_units(
-            model, unit_modules, collectives.size, dtype, device, options.coalesced, group_of
-        )
-        self._arenas = build_arenas(self.units, options.contiguous_arenas)
-        for unit in self.units:
-            take_over(unit, collectives.index)
-        for buffer in model.buffers():
-            buffer.data = buffer.data.to(device)
-        arena_optimizer.rebind(optimizer, self.units, collectives.index)
+        self._parts = groups.replication.size if options.optimizer_sharding == "world" else 1
+        self.units = self._partition(unit_modules, dtype, device, initialize)
+        self._two_hop = TwoHop(groups, options, dtype)
         unit_bytes = [unit.nbytes for unit in self.units]
         resident = [unit.index for unit in self.units if all(b.resident for b in unit.buckets)]
         self.scheduler = Scheduler(unit_bytes, options.limits, options.cached_schedule, resident)
         self._gathers: dict[int, list[Handle]] = {}
-        self._reductions: deque[Handle] = deque()
+        self._gathered_bytes = 0
+        self._refresh: Handle | None = None
+        """The owners' new weights on their way to the replicas."""
+        self._last = True
         self._in_backward = False
         self._open: dict[int, set[str]] = {}
         """Units whose backward has begun or is expected: names of gradients still to come."""
+        self._inputs: dict[int, list[RemovableHandle]] = {}
+        """Of units without trainable parameters: hooks on inputs whose gradients are still to come."""
         self._hooks = list(self._install_hooks())
+
+    def _partition(
+        self,
+        unit_modules: Sequence[nn.Module],
+        dtype: torch.dtype,
+        device: torch.device,
+        initialize: Initialize | None,
+    ) -> list[Unit]:
+        """Moves model and optimizer into shards, unit by unit: no rank ever holds more than one whole."""
+        partition, replication = self._groups.partition, self._groups.replication
+        group_of = {
+            parameter: number
+            for number, group in enumerate(self.optimizer.param_groups)
+            for parameter in group["params"]
+        }
+        units = build_units(
+            self.model,
+            unit_modules,
+            partition.size,
+            self._parts,
+            dtype,
+            device,
+            self._options.coalesced,
+            group_of,
+        )
+        part = replication.index if self._parts > 1 else 0
+        self._arenas = build_arenas(
+            units, self._options.contiguous_arenas, partition.index, part, self._parts
+        )
+        materialize_buffers(self.model, device)
+        for unit in units:
+            materialize(self.model, unit, device, initialize)
+            take_over(unit, partition.index)
+        for buffer in self.model.buffers():
+            buffer.data = buffer.data.to(device)
+        arena_optimizer.rebind(self.optimizer, units)
+        return units
 
     # --- what the user calls
 
-    def backward(self, loss: Tensor) -> None:
-        """Backward of one micro-step; its gradients are on their way to their shards afterwards."""
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Backward of one micro-step; its gradients are on their way to their shards afterwards.
+
+        `last=False` says that more micro-steps follow before `step`: the replicas' gradients are
+        then not added up yet (hop 2). It only saves communication; the result is the same.
+        """
+        self._last = last
+        if self.loss_scale is not None:
+            loss = loss * self.loss_scale.value
         loss.backward()
 
     def step(self) -> Tensor:
         """Clips, updates the shards, forgets the gradients; returns the global gradient norm before
-        clipping (scalar tensor: reading it is what waits for the device)."""
-        self.finish_reductions()
-        gradients = self._arenas.gradient.tensors
-        self._clear_untouched()
-        measure = (
-            arena_optimizer.gradient_norm
-            if self._options.one_kernel_norm
-            else arena_optimizer.gradient_norm_per_tensor
-        )
-        norm = measure(gradients, self._collectives.group, self._collectives.size)
-        if self._clip is not None:
-            arena_optimizer.scale_to_norm(gradients, norm, self._clip)
-        self.optimizer.step()
-        if self._arenas.compute is not self._arenas.master:
-            self._arenas.compute.copy_from(self._arenas.master)
-        for bucket in self._buckets():
-            bucket.has_gradient = False
+        clipping (scalar tensor: reading it is what waits for the device).
+
+        With fp16 it does wait: after an overflow on any rank no rank updates, and `skipped` is set.
+        """
+        self._two_hop.finish(self._trainable_buckets())
+        gradients = self._arenas.owned_gradient.tensors
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.value
+        norm = self._norm(gradients) / scale
+        if self.loss_scale is not None:
+            self.skipped = not bool(norm.isfinite())
+            self.loss_scale.update(self.skipped)
+        if not self.skipped:
+            if self._clip is not None or scale != 1.0:
+                arena_optimizer.rescale(gradients, norm, self._clip, scale)
+            self.optimizer.step()
+            self.refresh_weights()
+        self._two_hop.reset(self._trainable_buckets())
         return norm
+
+    def _norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Over the world: all replicas then clip, or skip, by bitwise the same number."""
+        one_kernel = self._options.one_kernel_norm
+        measure = arena_optimizer.sum_of_squares if one_kernel else arena_optimizer.sum_of_squares_per_tensor
+        square = measure(gradients)
+        dist.all_reduce(square)
+        copies = self._groups.replication.size // self._parts
+        return (square / copies).sqrt()
+
+    def refresh_weights(self) -> None:
+        """Brings the owners' masters, after a change, to where weights are gathered from."""
+        self._arenas.refresh_compute()
+        if self._parts > 1:
+            buckets = list(self._buckets())
+            self._refresh = self._groups.replication.all_gather(
+                [bucket.compute for bucket in buckets], [bucket.owned_compute for bucket in buckets]
+            )
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """(name, fp32 master on the CPU) of every parameter, gathered bucket by bucket; collective."""
@@ -122,32 +183,36 @@ class Engine:
     def full_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(name, fp32 gradient on the CPU) of every trainable parameter, the sum over ranks and
         micro-steps since the last step, before clipping; collective."""
-        self.finish_reductions()
-        self._clear_untouched()
-        for bucket in self._buckets():
-            if bucket.gradient is not None:
-                yield from self._whole(bucket, bucket.gradient)
+        self._two_hop.finish(self._trainable_buckets())
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.value
+        for bucket in self._trainable_buckets():
+            assert bucket.owned_gradient is not None
+            for name, gradient in self._whole(bucket, bucket.owned_gradient):
+                yield name, gradient / scale
 
     def close(self) -> None:
         """Removes the hooks. The model's parameters stay without memory."""
         for hook in self._hooks:
             hook.remove()
+        self._groups.close()
 
     # --- hooks: from the model to events
 
     def _install_hooks(self) -> Iterator[RemovableHandle]:
         for unit in self.units:
-            yield unit.module.register_forward_pre_hook(self._before_forward(unit))
+            yield unit.module.register_forward_pre_hook(self._before_forward(unit), with_kwargs=True)
             yield unit.module.register_forward_hook(self._after_forward(unit), always_call=True)
             for slot in unit.trainable_slots:
                 yield slot.parameter.register_post_accumulate_grad_hook(self._gradient_ready(unit, slot))
 
     def _before_forward(self, unit: Unit) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: object) -> None:
+        def hook(module: nn.Module, arguments: object, keywords: object) -> None:
             if self._in_backward or not torch.is_grad_enabled():
                 # Recomputation or evaluation: not a part of the schedule, fetched on demand.
                 self._wait([unit])
             else:
+                if not unit.trainable_slots:
+                    self._watch_inputs(unit, (arguments, keywords))
                 self._happens(Phase.FORWARD, unit)
 
         return hook
@@ -186,6 +251,17 @@ class Engine:
 
         return hook
 
+    def _watch_inputs(self, unit: Unit, inputs: object) -> None:
+        """A unit that is frozen as a whole is done with backward when its inputs have gradients."""
+        expected = self._inputs.setdefault(unit.index, [])
+
+        def ready(gradient: Tensor) -> None:
+            expected.pop().remove()
+            if not expected and unit.index in self._open:
+                self._end_backward(unit)
+
+        expected += [tensor.register_hook(ready) for tensor in _tensors(inputs) if tensor.requires_grad]
+
     def _end_backward(self, unit: Unit) -> None:
         self._open[unit.index] = set()
         self._happens(Phase.BACKWARD_END, unit)
@@ -197,6 +273,9 @@ class Engine:
         for unit in self.units:
             if unit.index in self._open and not unit.trainable_slots:
                 self._release(unit)
+        for hook in (hook for hooks in self._inputs.values() for hook in hooks):
+            hook.remove()
+        self._inputs.clear()
         self._in_backward = False
         self._open.clear()
         self.scheduler.end()
@@ -225,17 +304,20 @@ class Engine:
                 self._reduce(unit)
 
     def _gather(self, units: Sequence[Unit]) -> None:
+        self._finish_refresh()
         missing = [unit for unit in units if not self._present(unit)]
         buckets = [bucket for unit in missing for bucket in unit.buckets if not bucket.resident]
         for bucket in buckets:
             bucket.allocate()
             if self._options.poison:
                 bucket.full.fill_(torch.nan)
+            self._gathered_bytes += bucket.nbytes
             self.statistics.gathered_bytes += bucket.nbytes
+        self.statistics.peak_gathered_bytes = max(self.statistics.peak_gathered_bytes, self._gathered_bytes)
         calls = [buckets] if self._options.coalesced else [[bucket] for bucket in buckets]
         handles = []
         for call in calls:
-            handle = self._collectives.all_gather([b.full for b in call], [b.compute for b in call])
+            handle = self._groups.partition.all_gather([b.full for b in call], [b.compute for b in call])
             if not self._options.fine_grained_sync:
                 handle.wait()
             handles.append(handle)
@@ -256,62 +338,46 @@ class Engine:
             for bucket in unit.buckets:
                 if self._options.poison and not bucket.resident:
                     bucket.full.fill_(torch.nan)
-                bucket.free()
+                if not bucket.resident:
+                    bucket.free()
+                    self._gathered_bytes -= bucket.nbytes
+
+    def _finish_refresh(self) -> None:
+        if self._refresh is not None:
+            self._refresh.wait()
+            self._refresh = None
 
     def _present(self, unit: Unit) -> bool:
         """Gathered or on its way."""
         return unit.index in self._gathers
 
     def _reduce(self, unit: Unit) -> None:
-        reductions = [self._reduction(bucket) for bucket in unit.buckets if bucket.trainable]
-        calls = [reductions] if self._options.coalesced else [[item] for item in reductions]
-        for call in calls:
-            handle = self._collectives.reduce_scatter(call)
-            if not self._options.fine_grained_sync:
-                handle.wait()
-            self._reductions.append(handle)
-        while len(self._reductions) > REDUCTIONS_IN_FLIGHT * max(1, len(calls)):
-            self._reductions.popleft().wait()
-
-    def _reduction(self, bucket: Bucket) -> Reduction:
-        """Takes the gradients out of the parameters. One that got none this time counts as zero."""
-        assert bucket.gradient is not None
-        pieces: list[Piece] = []
-        for slot in bucket.slots:
-            gradient = slot.parameter.grad
-            slot.parameter.grad = None
-            if gradient is None:
-                gradient = torch.zeros(slot.numel, dtype=bucket.full.dtype, device=bucket.full.device)
-            pieces.append((slot.offset, gradient.contiguous()))
-        if self._options.group_batched:
-            pieces = join_small(pieces)
-        else:
-            pieces = [(0, flatten(pieces, bucket.numel, bucket.full))]
-        reduction = Reduction(bucket.gradient, pieces, accumulate=bucket.has_gradient)
-        bucket.has_gradient = True
-        return reduction
-
-    def finish_reductions(self) -> None:
-        """Waits until all gradients so far have arrived in their shards."""
-        while self._reductions:
-            self._reductions.popleft().wait()
+        trainable = [bucket for bucket in unit.buckets if bucket.trainable]
+        if trainable:
+            self._two_hop.reduce(trainable, self._last)
 
     # --- helpers
 
     def _buckets(self) -> Iterator[Bucket]:
         return (bucket for unit in self.units for bucket in unit.buckets)
 
-    def _clear_untouched(self) -> None:
-        """Gradients that no micro-step of this step has written are zero, not the last step's."""
-        for bucket in self._buckets():
-            if bucket.gradient is not None and not bucket.has_gradient:
-                bucket.gradient.zero_()
+    def _trainable_buckets(self) -> list[Bucket]:
+        return [bucket for bucket in self._buckets() if bucket.trainable]
 
-    def _whole(self, bucket: Bucket, shard: Tensor) -> Iterator[tuple[str, Tensor]]:
-        full = torch.empty(self._collectives.size * len(shard), dtype=shard.dtype, device=shard.device)
-        self._collectives.all_gather([full], [shard]).wait()
+    def _whole(self, bucket: Bucket, owned: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """What the ranks own of a bucket, put together: (name, CPU tensor)."""
+        shard = owned
+        if len(owned) < bucket.shard_numel:
+            shard = _gathered(self._groups.replication, owned)
+        full = _gathered(self._groups.partition, shard)
         for slot in bucket.slots:
             yield slot.name, full.narrow(0, slot.offset, slot.numel).view(slot.shape).cpu().clone()
+
+
+def _gathered(group: Collectives, shard: Tensor) -> Tensor:
+    full = torch.empty(group.size * len(shard), dtype=shard.dtype, device=shard.device)
+    group.all_gather([full], [shard]).wait()
+    return full
 
 
 def _tensors(output: object) -> Iterator[Tensor]:
@@ -324,18 +390,3 @@ def _tensors(output: object) -> Iterator[Tensor]:
     elif isinstance(output, (tuple, list)):
         for value in output:
             yield from _tensors(value)
-
-
-def make_collectives(
-    group: dist.ProcessGroup | None, index: int, size: int, options: EngineOptions
-) -> Collectives:
-    """The best primitives for the group's backend, unless the options ask for others."""
-    from suite.impls.sharded import collectives as kinds
-
-    if size == 1:
-        return kinds.AloneCollectives(group, index, size)
-    if not options.preflattened:
-        return kinds.FlatteningCollectives(group, index, size)
-    if options.stock_collectives or dist.get_backend(group) != "gloo":
-        return kinds.NativeCollectives(group, index, size)
-    return kinds.DirectCollectives(group, index, size)

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from suite.impls.sharded.units import ALIGNMENT, Bucket, Unit
 
 
-def rebind(optimizer: torch.optim.Optimizer, units: Sequence[Unit], index: int) -> None:
-    """Points an optimizer that was made for the model's parameters at this rank's shards of them.
+def rebind(optimizer: torch.optim.Optimizer, units: Sequence[Unit]) -> None:
+    """Points an optimizer that was made for the model's parameters at what this rank owns of them.
 
     Groups and their settings stay, so learning-rate schedulers go on working. Raises ValueError when
     the optimizer has already stepped: its states would belong to the whole parameters.
@@ -27,7 +26,7 @@ def rebind(optimizer: torch.optim.Optimizer, units: Sequence[Unit], index: int) 
     }
     ranges: list[list[Range]] = [[] for _ in optimizer.param_groups]
     for bucket in sorted((b for unit in units for b in unit.buckets if b.trainable), key=_address):
-        for begin, end, parameter in _owned(bucket, index):
+        for begin, end, parameter in _owned(bucket):
             if parameter in group_of:
                 _extend(ranges[group_of[parameter]], Range(bucket, begin, end))
     for group, members in zip(optimizer.param_groups, ranges, strict=True):
@@ -36,7 +35,7 @@ def rebind(optimizer: torch.optim.Optimizer, units: Sequence[Unit], index: int) 
 
 @dataclass
 class Range:
-    """Elements [begin, end) of a bucket's shard, running on into later buckets of the same arena."""
+    """Elements [begin, end) of a bucket's master, running on into later buckets of the same arena."""
 
     bucket: Bucket
     begin: int
@@ -44,7 +43,7 @@ class Range:
 
     def parameter(self) -> Tensor:
         """The masters of this range as one tensor, its gradient bound to the gradients' arena."""
-        master, gradient = self.bucket.master, self.bucket.gradient
+        master, gradient = self.bucket.master, self.bucket.owned_gradient
         assert gradient is not None
         values = _window(master, self.begin, self.end)
         values.grad = _window(gradient, self.begin, self.end)
@@ -71,10 +70,10 @@ def _address(bucket: Bucket) -> tuple[int, int]:
     return bucket.master.untyped_storage().data_ptr(), int(bucket.master.storage_offset())
 
 
-def _owned(bucket: Bucket, index: int) -> list[tuple[int, int, nn.Parameter]]:
-    """(begin, end, parameter) within shard `index`; padding counts to the parameter before it, so
-    that the ranges of neighbouring buckets run on into each other."""
-    first, last = index * bucket.shard_numel, (index + 1) * bucket.shard_numel
+def _owned(bucket: Bucket) -> list[tuple[int, int, nn.Parameter]]:
+    """(begin, end, parameter) within the master; padding counts to the parameter before it, so that
+    the ranges of neighbouring buckets run on into each other."""
+    first, last = bucket.first, bucket.first + len(bucket.master)
     owned = []
     for number, slot in enumerate(bucket.slots):
         is_last = number == len(bucket.slots) - 1
@@ -85,31 +84,46 @@ def _owned(bucket: Bucket, index: int) -> list[tuple[int, int, nn.Parameter]]:
     return owned
 
 
-def gradient_norm(gradients: Sequence[Tensor], group: dist.ProcessGroup | None, size: int) -> Tensor:
-    """Global L2 norm from the shards: one pass per allocation, one all-reduce, no host wait.
+def sum_of_squares(gradients: Sequence[Tensor]) -> Tensor:
+    """This rank's part of the squared gradient norm: one pass per allocation, no host wait.
 
     Taken row by row: one vector_norm over millions of fp32 numbers is off by 4e-4 on the CPU
     (docs/findings.md).
     """
     rows = [torch.linalg.vector_norm(shard.view(-1, ALIGNMENT), dim=1) for shard in gradients]
-    square = torch.stack([row.square().sum() for row in rows]).sum()
-    if size > 1:
-        dist.all_reduce(square, group=group)
-    return square.sqrt()
+    return torch.stack([row.square().sum() for row in rows]).sum()
 
 
-def gradient_norm_per_tensor(
-    gradients: Sequence[Tensor], group: dist.ProcessGroup | None, size: int
-) -> Tensor:
+def sum_of_squares_per_tensor(gradients: Sequence[Tensor]) -> Tensor:
     """The same as it was done before: a norm per tensor, each brought to the host (Z7)."""
     total = sum(shard.norm().item() ** 2 for shard in gradients)
-    square = torch.tensor([total], dtype=torch.float32, device=gradients[0].device)
-    if size > 1:
-        dist.all_reduce(square, group=group)
-    return square.sqrt().squeeze(0)
+    return torch.tensor(total, dtype=torch.float32, device=gradients[0].device)
 
 
-def scale_to_norm(gradients: Sequence[Tensor], norm: Tensor, limit: float) -> None:
-    """Scales the gradients down to `limit` where the norm exceeds it; no host wait."""
-    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(list(gradients), factor)
+def rescale(gradients: Sequence[Tensor], norm: Tensor, limit: float | None, scale: float) -> None:
+    """Takes the loss scale out of the gradients and scales them down to `limit` where their norm
+    (without that scale) exceeds it; no host wait."""
+    factor = torch.ones_like(norm) if limit is None else (limit / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(list(gradients), factor / scale)
+
+
+@dataclass
+class LossScale:
+    """Dynamic loss scaling for fp16: small gradients are lifted above its smallest numbers.
+
+    An overflow anywhere skips the step everywhere and halves the scale; `interval` steps without one
+    double it.
+    """
+
+    value: float = 2.0**16
+    interval: int = 2000
+    good_steps: int = 0
+
+    def update(self, overflow: bool) -> None:
+        """After each step."""
+        self.good_steps = 0 if overflow else self.good_steps + 1
+        if overflow:
+            self.value /= 2
+        elif self.good_steps == self.interval:
+            self.value *= 2
+            self.good_steps = 0

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from suite.impls.options import Options
+from suite.errors import UsageError, unknown
+from suite.impls.options import Options, check_partition_size, default_partition_size
 from suite.impls.sharded.schedule import Limits
+
+AUTO = "auto"
+SHARDINGS = ("partition", "world")
 
 
 @dataclass
@@ -26,6 +30,15 @@ class EngineOptions(Options):
     - `stock_collectives`: the backend's own collectives instead of this engine's, so that a
       comparison can give every system the same primitives.
 
+    And in the order of the other source's:
+
+    - `partition_size` (M1): ranks that together hold one replica of the model states. None: the
+      world; `auto` (mics only): the smallest that fits the device's memory.
+    - `hierarchical` (M2): where a partition group is made of several whole nodes, collectives in an
+      inter-node and an intra-node stage. Off: flat ones.
+    - `two_hop` (M3): gradients are summed over the replicas once a step. Off: at every micro-step.
+    - `optimizer_sharding`: `world` divides optimizer states among the replicas as well.
+
     `prefetch_mb` bounds what is gathered ahead of its use, `coalesce_mb` what goes into one call
     (both in MiB); `poison` fills released and not yet arrived buffers with NaN (tests).
     """
@@ -38,9 +51,23 @@ class EngineOptions(Options):
     one_kernel_norm: bool = True
     group_batched: bool = True
     stock_collectives: bool = False
+    partition_size: int | str | None = None
+    hierarchical: bool = False
+    two_hop: bool = True
+    optimizer_sharding: str = "partition"
     prefetch_mb: float = 16.0
     coalesce_mb: float = 4.0
     poison: bool = False
+
+    def resolve(self, world_size: int, ranks_per_node: int) -> EngineOptions:
+        if self.optimizer_sharding not in SHARDINGS:
+            raise unknown("impl.options.optimizer_sharding", self.optimizer_sharding, SHARDINGS)
+        size = world_size if self.partition_size is None else self.partition_size
+        if isinstance(size, int):
+            check_partition_size(size, world_size)
+        elif size != AUTO:
+            raise UsageError(f"impl.options.partition_size={size} is not possible; give a number or {AUTO}")
+        return replace(self, partition_size=size)
 
     @property
     def limits(self) -> Limits:
@@ -52,7 +79,20 @@ class EngineOptions(Options):
 
 
 @dataclass
-class UnoptimizedOptions(EngineOptions):
+class Zero3Options(EngineOptions):
+    """One partition group: another size is another method."""
+
+    def resolve(self, world_size: int, ranks_per_node: int) -> EngineOptions:
+        if self.partition_size not in (None, world_size):
+            raise UsageError(
+                f"impl.options.partition_size={self.partition_size} is not zero3, which partitions over "
+                f"all {world_size} ranks; use impl=mics"
+            )
+        return super().resolve(world_size, ranks_per_node)
+
+
+@dataclass
+class UnoptimizedOptions(Zero3Options):
     """All of it off: what stage 3 did before S1."""
 
     fine_grained_sync: bool = False
@@ -63,3 +103,16 @@ class UnoptimizedOptions(EngineOptions):
     one_kernel_norm: bool = False
     group_batched: bool = False
     stock_collectives: bool = True
+
+
+@dataclass
+class MicsOptions(EngineOptions):
+    """`partition_size` None: a node where there are several, otherwise half of the world."""
+
+    hierarchical: bool = True
+
+    def resolve(self, world_size: int, ranks_per_node: int) -> EngineOptions:
+        size = self.partition_size
+        if size is None:
+            size = default_partition_size(world_size, ranks_per_node)
+        return EngineOptions.resolve(replace(self, partition_size=size), world_size, ranks_per_node)

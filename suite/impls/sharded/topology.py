@@ -14,12 +14,15 @@ from dataclasses import dataclass
 class PartitionTopology:
     """Groups for `world_size` ranks on nodes of `ranks_per_node`, sharded over `partition_size` ranks.
 
+    `wants_hierarchical` asks for collectives in two stages where a partition group is made of several
+    whole nodes; elsewhere (a group inside one node, or across parts of nodes) they are flat.
     Raises ValueError when the partition size does not divide the world, or the nodes do not fill it.
     """
 
     world_size: int
     ranks_per_node: int
     partition_size: int
+    wants_hierarchical: bool = True
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -35,25 +38,27 @@ class PartitionTopology:
         return self.world_size // self.partition_size
 
     @property
-    def nodes_per_group(self) -> int:
-        """Nodes that a partition group spans when it fills whole nodes, else 1."""
-        return self.partition_size // self.ranks_per_node if self.fills_nodes else 1
+    def hierarchical(self) -> bool:
+        """Whether collectives run in two stages: asked for, and several whole nodes of several ranks."""
+        fills_nodes = self.partition_size % self.ranks_per_node == 0
+        several = self.partition_size > self.ranks_per_node > 1
+        return self.wants_hierarchical and fills_nodes and several
 
     @property
-    def fills_nodes(self) -> bool:
-        """Whether a partition group is made of several whole nodes: what hierarchical collectives need."""
-        return self.partition_size > self.ranks_per_node and self.partition_size % self.ranks_per_node == 0
+    def nodes_per_group(self) -> int:
+        """Nodes that a partition group is made of, when its collectives are hierarchical."""
+        return self.partition_size // self.ranks_per_node
 
     def shard_index(self, rank: int) -> int:
-        """Which shard this rank holds, 0 .. partition_size - 1.
+        """Which shard this rank holds, 0 .. partition_size - 1: in rank order when collectives are flat.
 
-        In a group of n nodes x k local ranks it is `local_rank * n + node`: then what the ranks of
+        Otherwise, in a group of n nodes x k local ranks it is `local_rank * n + node`: then what the ranks of
         equal local rank hold together is one contiguous segment, so that the inter-node stage of a
         hierarchical all-gather delivers that segment in place and the intra-node stage the whole,
         with no re-arrangement copy between them.
         """
         position = rank % self.partition_size
-        if not self.fills_nodes:
+        if not self.hierarchical:
             return position
         node, local_rank = divmod(position, self.ranks_per_node)
         return local_rank * self.nodes_per_group + node

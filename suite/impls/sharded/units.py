@@ -34,6 +34,9 @@ class Slot:
 class Bucket:
     """A flat buffer of `partition_size * shard_numel` elements, of which this rank keeps one shard.
 
+    Of its shard it *owns*, which is to say updates, everything; or, when the optimizer is sharded
+    over the whole world, one of as many equal parts as there are replicas.
+
     `full` always is the same tensor and its storage is what comes and goes: autograd saves views of
     gathered weights, and a view must see the weights again when its unit is gathered for backward.
     """
@@ -43,14 +46,25 @@ class Bucket:
     trainable: bool
     full: Tensor
     """Compute dtype, [partition_size * shard_numel]; without memory while released."""
+    first: int = field(init=False)
+    """Where in the full buffer the owned elements begin."""
     master: Tensor = field(init=False)
-    """fp32 [shard_numel], what the optimizer updates."""
+    """fp32 [owned], what the optimizer updates."""
     compute: Tensor = field(init=False)
-    """[shard_numel] in the compute dtype, what is gathered; the master itself in fp32."""
+    """[shard_numel] in the compute dtype, what is gathered; in fp32 the master itself, if it is all."""
     gradient: Tensor | None = field(init=False, default=None)
     """fp32 [shard_numel], the sum over micro-steps so far; None when frozen."""
+    owned_gradient: Tensor | None = field(init=False, default=None)
+    """fp32 [owned], what the optimizer sees; `gradient` itself when that is all owned."""
     has_gradient: bool = field(init=False, default=False)
     """Whether `gradient` holds something of this step, rather than of the last."""
+    synchronized: bool = field(init=False, default=False)
+    """Whether `gradient` is, or is about to be, summed over the replicas."""
+
+    @property
+    def owned_compute(self) -> Tensor:
+        """The owned elements of `compute`, a view."""
+        return self.compute.narrow(0, self.first % self.shard_numel, len(self.master))
 
     @property
     def numel(self) -> int:
@@ -147,12 +161,15 @@ def build_units(
     model: nn.Module,
     modules: Sequence[nn.Module],
     partition_size: int,
+    parts: int,
     compute_dtype: torch.dtype,
     device: torch.device,
     coalesced: bool,
     group_of: Mapping[nn.Parameter, int],
 ) -> list[Unit]:
     """The units of a model, with buckets laid out and nothing moved yet.
+
+    Shards can be divided into `parts` equal parts.
 
     In a unit the parameters of one optimizer group (`group_of`) lie together, so that the optimizer
     sees few ranges, and small ones before large ones, so that they can be sent in one message.
@@ -167,7 +184,7 @@ def build_units(
     for module, owned in assign_parameters(model, modules):
         ordered = sorted(owned, key=place)
         buckets = [
-            _layout(members, parameters, partition_size, compute_dtype, device)
+            _layout(members, parameters, partition_size, parts, compute_dtype, device)
             for members in _groups(ordered, parameters, coalesced)
         ]
         units.append(Unit(len(units), names[id(module)] or "root", module, buckets))
@@ -189,6 +206,7 @@ def _layout(
     names: Sequence[str],
     parameters: dict[str, nn.Parameter],
     partition_size: int,
+    parts: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Bucket:
@@ -199,7 +217,7 @@ def _layout(
             warnings.warn(f"parameter {name} is {parameter.dtype}; it is computed in {dtype}", stacklevel=2)
         slots.append(Slot(name, parameter, offset, parameter.numel(), parameter.shape))
         offset += parameter.numel()
-    shard_numel = -(-offset // (partition_size * ALIGNMENT)) * ALIGNMENT
+    shard_numel = -(-offset // (partition_size * parts * ALIGNMENT)) * parts * ALIGNMENT
     full = torch.empty(partition_size * shard_numel, dtype=dtype, device=device)
     full.untyped_storage().resize_(0)
     return Bucket(slots, shard_numel, parameters[names[0]].requires_grad, full)
@@ -223,10 +241,6 @@ class Arena:
             self.shards = [torch.zeros(size, dtype=dtype, device=device) for size in sizes]
             self.tensors = self.shards
 
-    def copy_from(self, other: Arena) -> None:
-        """Element by element, casting: one kernel per allocation."""
-        torch._foreach_copy_(self.tensors, other.tensors)
-
 
 @dataclass(frozen=True)
 class Arenas:
@@ -235,24 +249,44 @@ class Arenas:
     master: Arena
     compute: Arena
     gradient: Arena
+    owned_gradient: Arena
+    _copies: list[tuple[Tensor, Tensor]]
+    """(to, from): the owned elements of `compute`, and of `master`."""
+
+    def refresh_compute(self) -> None:
+        """The masters into the compute copy, casting: as few kernels as there are allocations."""
+        if self.compute is not self.master:
+            torch._foreach_copy_([to for to, _ in self._copies], [source for _, source in self._copies])
 
 
-def build_arenas(units: Sequence[Unit], contiguous: bool) -> Arenas:
-    """Allocates the arenas and binds every bucket to its shards."""
+def build_arenas(units: Sequence[Unit], contiguous: bool, index: int, part: int, parts: int) -> Arenas:
+    """Allocates the arenas and binds every bucket to its shards.
+
+    This rank holds shard `index` of every bucket and owns part `part` of `parts` of it.
+    """
     buckets = [bucket for unit in units for bucket in unit.buckets]
     # Trainable shards first: then the gradients' arena runs in step with the masters'.
     buckets.sort(key=lambda bucket: not bucket.trainable)
     dtype, device = buckets[0].full.dtype, buckets[0].full.device
-    sizes = [bucket.shard_numel for bucket in buckets]
     trainable = [bucket for bucket in buckets if bucket.trainable]
-    master = Arena(sizes, torch.float32, device, contiguous)
-    compute = master if dtype is torch.float32 else Arena(sizes, dtype, device, contiguous)
-    gradient = Arena([bucket.shard_numel for bucket in trainable], torch.float32, device, contiguous)
+
+    def arena(members: Sequence[Bucket], dtype: torch.dtype, share: int) -> Arena:
+        return Arena([bucket.shard_numel // share for bucket in members], dtype, device, contiguous)
+
+    master = arena(buckets, torch.float32, parts)
+    compute = master if dtype is torch.float32 and parts == 1 else arena(buckets, dtype, 1)
+    gradient = arena(trainable, torch.float32, 1)
+    owned_gradient = gradient if parts == 1 else arena(trainable, torch.float32, parts)
     for bucket, own, low in zip(buckets, master.shards, compute.shards, strict=True):
         bucket.master, bucket.compute = own, low
-    for bucket, shard in zip(trainable, gradient.shards, strict=True):
-        bucket.gradient = shard
-    return Arenas(master, compute, gradient)
+        bucket.first = index * bucket.shard_numel + part * len(own)
+    for bucket, shard, own in zip(trainable, gradient.shards, owned_gradient.shards, strict=True):
+        bucket.gradient, bucket.owned_gradient = shard, own
+    if parts == 1:
+        pairs = list(zip(compute.tensors, master.tensors, strict=True))
+    else:
+        pairs = [(bucket.owned_compute, bucket.master) for bucket in buckets]
+    return Arenas(master, compute, gradient, owned_gradient, pairs)
 
 
 def take_over(unit: Unit, index: int) -> None:
@@ -262,9 +296,9 @@ def take_over(unit: Unit, index: int) -> None:
         flat = torch.zeros(bucket.full.numel(), dtype=torch.float32, device=bucket.full.device)
         for slot in bucket.slots:
             flat.narrow(0, slot.offset, slot.numel).copy_(slot.parameter.detach().reshape(-1))
-        bucket.master.copy_(flat.narrow(0, index * bucket.shard_numel, bucket.shard_numel))
+        bucket.master.copy_(flat.narrow(0, bucket.first, len(bucket.master)))
         if bucket.compute is not bucket.master:
-            bucket.compute.copy_(bucket.master)
+            bucket.compute.copy_(flat.narrow(0, index * bucket.shard_numel, bucket.shard_numel))
         if len(bucket.compute) == len(bucket.full):
             # A partition group of one rank: the shard is the whole, nothing comes and goes.
             bucket.full = bucket.compute

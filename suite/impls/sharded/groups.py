@@ -1,0 +1,86 @@
+"""The process groups of a topology, each with the best collectives for its backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from suite.impls.sharded.collectives import AloneCollectives, Collectives
+from suite.impls.sharded.direct import DirectCollectives
+from suite.impls.sharded.hierarchical import DirectHierarchicalCollectives, Place
+from suite.impls.sharded.native import (
+    FlatteningCollectives,
+    NativeCollectives,
+    NativeHierarchicalCollectives,
+)
+from suite.impls.sharded.options import EngineOptions
+from suite.impls.sharded.topology import PartitionTopology
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What a rank communicates through.
+
+    `partition` gathers weights and reduces gradients at every micro-step (hop 1), `replication` adds
+    gradients up across the replicas (hop 2).
+    """
+
+    partition: Collectives
+    replication: Collectives
+
+    @property
+    def world_size(self) -> int:
+        return self.partition.size * self.replication.size
+
+    def close(self) -> None:
+        self.partition.close()
+        self.replication.close()
+
+
+def make_groups(topology: PartitionTopology, options: EngineOptions, device: torch.device) -> Groups:
+    """Every rank calls it, after `init_process_group`: the groups of all ranks are made in one order."""
+    rank = dist.get_rank()
+    # gloo, the backend of the CPU, is served better by point-to-point messages than by itself.
+    direct = device.type == "cpu" and options.preflattened and not options.stock_collectives
+    kind = DirectCollectives if direct else NativeCollectives
+    kind = kind if options.preflattened else FlatteningCollectives
+    if topology.hierarchical and options.preflattened:
+        partition = _hierarchical(topology, rank, device, direct)
+    else:
+        partition = _flat(topology.partition_groups(), rank, kind)
+    return Groups(partition, _flat(topology.replication_groups(), rank, kind))
+
+
+def _hierarchical(topology: PartitionTopology, rank: int, device: torch.device, direct: bool) -> Collectives:
+    members = [sorted(group) for group in topology.partition_groups()]
+    position = rank % topology.partition_size
+    node, local_rank = divmod(position, topology.ranks_per_node)
+    if direct:
+        place = Place(node, topology.nodes_per_group, local_rank, topology.ranks_per_node)
+        return DirectHierarchicalCollectives(_own_group(members), place)
+    step = topology.ranks_per_node
+    across = _own_group([group[local::step] for group in members for local in range(step)])
+    inside = _own_group([group[i : i + step] for group in members for i in range(0, len(group), step)])
+    return NativeHierarchicalCollectives(across, inside, device)
+
+
+def _flat(
+    members: Sequence[Sequence[int]],
+    rank: int,
+    kind: type[DirectCollectives | NativeCollectives],
+) -> Collectives:
+    size = len(members[0])
+    if size == 1:
+        return AloneCollectives(0, 1)
+    own = next(ranks for ranks in members if rank in ranks)
+    return kind(_own_group(members), own.index(rank), size)
+
+
+def _own_group(members: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+    """A new process group for each of `members`; the one that this rank is in."""
+    own, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in members])
+    assert own is not None
+    return own

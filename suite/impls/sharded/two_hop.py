@@ -1,0 +1,155 @@
+"""Two-hop gradient synchronisation: how gradients become sums over the world, in the owners' hands.
+
+Hop 1 reduce-scatters a unit's gradients in the partition group, at every micro-step, while backward
+goes on. Hop 2 adds the shards up across the replication group, after the last micro-step only,
+overlapped with the rest of its backward (S2, "Two-hop gradient synchronization").
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from suite.impls.sharded.collectives import Handle, Piece, Reduction, flatten, join_small
+from suite.impls.sharded.groups import Groups
+from suite.impls.sharded.options import EngineOptions
+from suite.impls.sharded.units import Bucket
+
+REDUCTIONS_IN_FLIGHT = 2
+"""How many units' gradients may be on their way: one being sent while the next is computed."""
+
+
+@dataclass
+class Addend:
+    """What hop 1 leaves on this rank: a shard of the group's sum of one bucket.
+
+    It lies in the bucket's gradient, or *aside* when it must not be mixed with what is there: that
+    has been through hop 2 already.
+    """
+
+    bucket: Bucket
+    shard: Tensor
+    hop2: bool
+    """Whether it goes on to hop 2 at once."""
+
+    @property
+    def aside(self) -> bool:
+        return self.shard is not self.bucket.gradient
+
+
+class TwoHop:
+    """All gradients of a rank on their way; `wire` is the dtype in which they travel.
+
+    `last` may be left out or be wrong without harm to the result: what arrives after a hop 2 gets a
+    hop 2 of its own, what never had one gets it in `finish`.
+    """
+
+    def __init__(self, groups: Groups, options: EngineOptions, wire: torch.dtype) -> None:
+        self._groups = groups
+        self._options = options
+        self._wire = wire
+        self._hop1: deque[tuple[Handle, list[Addend]]] = deque()
+        self._hop2: deque[tuple[Handle, list[Addend]]] = deque()
+
+    def reduce(self, buckets: Sequence[Bucket], last: bool) -> None:
+        """Takes the gradients out of these buckets' parameters and sends them on hop 1."""
+        calls = [list(buckets)] if self._options.coalesced else [[bucket] for bucket in buckets]
+        for call in calls:
+            reductions, addends = zip(*(self._take(bucket, last) for bucket in call), strict=True)
+            handle = self._groups.partition.reduce_scatter(reductions)
+            if not self._options.fine_grained_sync:
+                handle.wait()
+            self._hop1.append((handle, list(addends)))
+        while len(self._hop1) > REDUCTIONS_IN_FLIGHT * max(1, len(calls)):
+            self._settle_hop1()
+
+    def finish(self, buckets: Sequence[Bucket]) -> None:
+        """Waits until the gradients of all these (trainable) buckets are complete sums over the world.
+
+        What no micro-step of this step has written is zero then, not the last step's.
+        """
+        while self._hop1:
+            self._settle_hop1()
+        replicated = self._groups.replication.size > 1
+        missing = [b for b in buckets if replicated and b.has_gradient and not b.synchronized]
+        self._start_hop2([Addend(bucket, _gradient(bucket), hop2=True) for bucket in missing])
+        for bucket in missing:
+            bucket.synchronized = True
+        while self._hop2:
+            self._settle_hop2()
+        for bucket in buckets:
+            if not bucket.has_gradient and bucket.owned_gradient is not None:
+                bucket.owned_gradient.zero_()
+
+    def reset(self, buckets: Sequence[Bucket]) -> None:
+        """A new step begins: what the gradients hold is of the past."""
+        for bucket in buckets:
+            bucket.has_gradient = bucket.synchronized = False
+
+    def _take(self, bucket: Bucket, last: bool) -> tuple[Reduction, Addend]:
+        """A bucket's new gradients: what is to be reduced, and what becomes of the sum."""
+        gradient = _gradient(bucket)
+        aside = bucket.synchronized
+        hop2 = self._groups.replication.size > 1 and (last or aside or not self._options.two_hop)
+        shard = torch.empty_like(gradient) if aside else gradient
+        accumulate = bucket.has_gradient and not aside
+        bucket.has_gradient = True
+        bucket.synchronized |= hop2
+        return Reduction(shard, self._pieces(bucket), accumulate), Addend(bucket, shard, hop2)
+
+    def _pieces(self, bucket: Bucket) -> list[Piece]:
+        """The parameters' gradients. One that got none this time counts as zero."""
+        pieces: list[Piece] = []
+        for slot in bucket.slots:
+            gradient = slot.parameter.grad
+            slot.parameter.grad = None
+            if gradient is None:
+                gradient = torch.zeros(slot.numel, dtype=bucket.full.dtype, device=bucket.full.device)
+            pieces.append((slot.offset, gradient.contiguous()))
+        if self._options.group_batched:
+            return join_small(pieces)
+        return [(0, flatten(pieces, bucket.numel, bucket.full))]
+
+    def _settle_hop1(self) -> None:
+        handle, addends = self._hop1.popleft()
+        handle.wait()
+        self._start_hop2([item for item in addends if item.hop2])
+
+    def _start_hop2(self, addends: list[Addend]) -> None:
+        """To the owners: all of the group where it owns alike, else one part each."""
+        if not addends:
+            return
+        if self._options.optimizer_sharding == "world":
+            handle = self._groups.replication.reduce_scatter(
+                [
+                    Reduction(_owned(item.bucket), [(0, item.shard.to(self._wire))], item.aside)
+                    for item in addends
+                ]
+            )
+        else:
+            handle = self._groups.replication.all_reduce([item.shard for item in addends], self._wire)
+        if not self._options.fine_grained_sync:
+            handle.wait()
+        self._hop2.append((handle, addends))
+
+    def _settle_hop2(self) -> None:
+        handle, addends = self._hop2.popleft()
+        handle.wait()
+        if self._options.optimizer_sharding != "world":
+            for item in addends:
+                if item.aside:
+                    _gradient(item.bucket).add_(item.shard)
+
+
+def _gradient(bucket: Bucket) -> Tensor:
+    assert bucket.gradient is not None, "only trainable buckets are reduced"
+    return bucket.gradient
+
+
+def _owned(bucket: Bucket) -> Tensor:
+    assert bucket.owned_gradient is not None
+    return bucket.owned_gradient
