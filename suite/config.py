@@ -20,7 +20,7 @@ from suite.errors import UsageError, unknown
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SHORT_KEYS = ("impl", "testbed", "workload", "cluster")
 """Keys with a name of their own, which may be given alone: `impl=ddp`."""
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass

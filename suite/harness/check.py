@@ -33,11 +33,11 @@ FP32_TOLERANCE = {
     # (docs/findings.md), and most implementations take their norm with it.
     "max_rel_grad_norm_diff": 1e-3,
 }
-BF16_FACTOR = 3.0
-"""bf16 rounds to 8 bits, so no fixed limit fits all models and depths. The limit is computed: this
-many times the error that plain single-process bf16 torch makes itself against fp32. The room above
-1 is for reductions that are rounded to bf16 once per rank; a gradient lost or counted twice is an
-error of another order."""
+LOW_PRECISION_FACTOR = 3.0
+"""bf16 rounds to 8 bits and fp16 to 11, so no fixed limit fits all models and depths. The limit is
+computed: this many times the error that plain single-process torch in that precision makes itself
+against fp32. The room above 1 is for reductions that are rounded once per rank; a gradient lost or
+counted twice is an error of another order."""
 
 
 @dataclass(frozen=True)
@@ -105,26 +105,49 @@ class ReferenceWorker:
         run_reference(model_builder(config), recipe, batches).save(Path(path))
 
 
-def check(config: Config) -> CheckRecord:
+class References:
+    """Reference runs, each made once for all implementations that train the same; in files, because
+    ranks read them. To be used as a context: leaving it removes them."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="suite-check-")
+
+    def __enter__(self) -> References:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._folder.cleanup()
+
+    def file(self, config: Config, precision: str) -> Path:
+        """The reference of this training in that precision, whatever the configuration's own."""
+        train = replace(config.train, precision=precision)
+        key = Config(workload=config.workload, train=train, testbed=config.testbed).hash()
+        path = Path(self._folder.name) / f"{key}.safetensors"
+        if not path.exists():
+            _write_reference(config, precision, path)
+        return path
+
+
+def check(config: Config, references: References | None = None) -> CheckRecord:
     """Trains `STEPS` steps with the implementation and with plain torch and compares.
 
     Raises UsageError for wrong input, RankError when a rank fails.
     """
+    if references is None:
+        with References() as references:
+            return check(config, references)
     prepare(config)
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with tempfile.TemporaryDirectory(prefix="suite-check-") as folder:
-        reference = Path(folder) / "fp32.safetensors"
-        plain_bf16 = Path(folder) / "bf16.safetensors"
-        _write_reference(config, "fp32", reference)
-        tolerance = dict(FP32_TOLERANCE)
-        if config.train.precision == "bf16":
-            _write_reference(config, "bf16", plain_bf16)
-            own_error = compare(ReferenceRun.load(plain_bf16), ReferenceRun.load(reference))
-            tolerance = {key: BF16_FACTOR * value for key, value in own_error.limits().items()}
-        with launch(config, CheckWorker) as ranks:
-            for _ in range(STEPS):
-                ranks.call("step", timeout_s=config.testbed.timeout_s)
-            answers = ranks.call("compare", str(reference), timeout_s=config.testbed.timeout_s)
+    reference = references.file(config, "fp32")
+    tolerance = dict(FP32_TOLERANCE)
+    if config.train.precision != "fp32":
+        plain = references.file(config, config.train.precision)
+        own_error = compare(ReferenceRun.load(plain), ReferenceRun.load(reference))
+        tolerance = {key: LOW_PRECISION_FACTOR * value for key, value in own_error.limits().items()}
+    with launch(config, CheckWorker) as ranks:
+        for _ in range(STEPS):
+            ranks.call("step", timeout_s=config.testbed.timeout_s)
+        answers = ranks.call("compare", str(reference), timeout_s=config.testbed.timeout_s)
     return _record(config, _worst_of(answers), tolerance, started_at)
 
 

@@ -32,6 +32,7 @@ def prepare(config: Config) -> None:
     stay_forkable()
     testbed_of(config)
     registry.parse_options(config.impl.name, config.impl.options, config.world_size, config.ranks_per_node)
+    registry.require_precision(config.impl.name, config.train.precision)
     data.prepare(config.workload, config.global_batch)
     models.preload(config.workload.model)
     registry.preload(config.impl.name)

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from suite.config import Config, load
 from suite.errors import SuiteError, UsageError, unknown
-from suite.harness.check import check
+from suite.harness.check import References, check
 from suite.harness.measure import Failure, measure
 from suite.records import CheckRecord, Record, append, read
 
@@ -183,14 +183,15 @@ def _run_cohort(cohort: Cohort, clock: _Clock) -> Iterable[Record | CheckRecord 
         clock.finished(len(cohort.cells), cohort.title())
         yield from results
         return
-    for cell in cohort.cells:
-        clock.say(f"{cohort.title()}: checking {cell.impl.name}")
-        try:
-            result: CheckRecord | Failure = check(cell)
-        except SuiteError as error:
-            result = Failure(cell, error)
-        clock.finished(1, cohort.title())
-        yield result
+    with References() as references:
+        for cell in cohort.cells:
+            clock.say(f"{cohort.title()}: checking {cell.impl.name}")
+            try:
+                result: CheckRecord | Failure = check(cell, references)
+            except SuiteError as error:
+                result = Failure(cell, error)
+            clock.finished(1, cohort.title())
+            yield result
 
 
 def _identity(record: Record | CheckRecord) -> tuple[str, str, str]:

@@ -35,7 +35,7 @@ class Implementation:
 
     `trainer(build_model, recipe, topology, options)` builds it on a rank. `requires` are the
     optional packages that it imports, `extra` the extra of this project that installs them.
-    `limits_on_cpu` and `shims` (one line each) are shown beside its numbers. `check` raises
+    `precisions` are those that it is set up for here. `limits_on_cpu` and `shims` (one line each) are shown beside its numbers. `check` raises
     UsageError when an installed package is not one it can use; `prepare(device_type)` runs once in
     the parent of ranks that are about to be forked.
     """
@@ -196,6 +196,13 @@ def parse_options(name: str, options: Mapping[str, Any], world_size: int, ranks_
             raise unknown(f"option of {name}", str(key), known)
     require(name)
     return _typed(item.options, options).resolve(world_size, ranks_per_node)
+
+
+def require_precision(name: str, precision: str) -> None:
+    """Raises UsageError when the implementation is not set up for it here."""
+    known = find(name).precisions
+    if precision not in known:
+        raise UsageError(f"train.precision={precision} is not there for {name}; use {' or '.join(known)}")
 
 
 def preload(name: str, device_type: str | None = None) -> None:

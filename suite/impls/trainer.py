@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class MicroBatch(Protocol):
@@ -34,7 +35,7 @@ class MicroBatch(Protocol):
 class Recipe:
     """What all implementations of a comparison share: AdamW, precision, clipping, accumulation.
 
-    `precision` is `fp32` or `bf16` (bf16 compute, fp32 master weights and optimizer states);
+    `precision` is `fp32`, or `bf16` or `fp16` (compute in it, fp32 master weights and optimizer states);
     `clip` is the largest allowed global gradient norm, None for no clipping.
     """
 
@@ -61,7 +62,7 @@ class Recipe:
     @property
     def dtype(self) -> torch.dtype:
         """In which gathered weights and activations are computed."""
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return DTYPES[self.precision]
 
 
 @dataclass(frozen=True)

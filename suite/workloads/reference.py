@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from suite.impls.trainer import BuildModel, MicroBatch, Recipe
 
+FP16_LOSS_SCALE = 2.0**16
+
 
 @dataclass
 class ReferenceRun:
@@ -57,8 +59,9 @@ def run_reference(
     """One optimizer step per global batch, in this process, on the CPU.
 
     Each global batch goes through the model whole, so `recipe.micro_steps` has no part in it. With
-    bf16 the fp32 master weights are rounded into a bf16 model that computes, and its gradients are
-    widened again for an fp32 AdamW: held against the fp32 run, it shows bf16's own error.
+    bf16 or fp16 the fp32 master weights are rounded into a model of that dtype that computes, and its
+    gradients are widened again for an fp32 AdamW: held against the fp32 run, it shows that dtype's
+    own error. fp16 lifts gradients above its smallest numbers by a fixed factor.
     """
     if not global_batches:
         raise ValueError("a reference run needs at least one global batch")
@@ -85,10 +88,11 @@ def _gradients(master: nn.Module, compute: nn.Module, batch: MicroBatch) -> floa
                 low.copy_(full)
     compute.zero_grad()
     loss = batch.loss(compute)
-    loss.backward()
+    scale = FP16_LOSS_SCALE if next(compute.parameters()).dtype is torch.float16 else 1.0
+    (loss * scale).backward()
     if compute is not master:
         for low, full in zip(compute.parameters(), master.parameters(), strict=True):
-            full.grad = None if low.grad is None else low.grad.float()
+            full.grad = None if low.grad is None else low.grad.float() / scale
     return loss.item()
 
 
