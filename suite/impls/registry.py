@@ -35,9 +35,9 @@ class Implementation:
 
     `trainer(build_model, recipe, topology, options)` builds it on a rank. `requires` are the
     optional packages that it imports, `extra` the extra of this project that installs them.
-    `precisions` are those that it is set up for here. `limits_on_cpu` and `shims` (one line each) are shown beside its numbers. `check` raises
-    UsageError when an installed package is not one it can use; `prepare(device_type)` runs once in
-    the parent of ranks that are about to be forked.
+    `precisions` are those that it is set up for here; `limits_on_cpu` and `shims` (one line each) are
+    shown beside its numbers. `check` raises UsageError when an installed package is not one it can
+    use; `prepare(device_type)` runs once in the parent of ranks that are about to be forked.
     """
 
     name: str

@@ -8,11 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from suite.errors import UsageError
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -158,6 +161,20 @@ class Trainer(ABC):
     @abstractmethod
     def _optimizer_step(self) -> tuple[float, bool]:
         """Clips, steps and clears the gradients; returns (gradient norm, skipped)."""
+
+    def save(self, folder: Path, position: int = 0) -> None:
+        """A complete checkpoint, on the disk when it returns; `position` counts consumed steps.
+
+        Raises UsageError where the implementation has none here, or the folder exists.
+        """
+        raise UsageError(f"{type(self).__name__} has no checkpoints here; use zero3 or mics")
+
+    def load(self, folder: Path) -> int:
+        """Continues from a checkpoint and returns its position.
+
+        Raises UsageError where the implementation has none here, or for a damaged one.
+        """
+        raise UsageError(f"{type(self).__name__} has no checkpoints here; use zero3 or mics")
 
     def details(self) -> dict[str, float]:
         """Figures of the implementation's own, counted up since it was made; units in their names."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+from pathlib import Path
+
 from torch import Tensor
 
-from suite.impls.sharded import shard
+from suite.impls.sharded import checkpoint, shard
 from suite.impls.sharded.options import EngineOptions
 from suite.impls.trainer import BuildModel, MicroBatch, Recipe, Topology, Trainer
 
@@ -49,11 +52,22 @@ class Zero3(Trainer):
         norm = self.engine.step().item()
         return norm, self.engine.skipped
 
+    def save(self, folder: Path, position: int = 0) -> None:
+        self._checkpointer.save(folder, position).wait()
+
+    def load(self, folder: Path) -> int:
+        return checkpoint.load(folder, self.engine)
+
+    @cached_property
+    def _checkpointer(self) -> checkpoint.Checkpointer:
+        return checkpoint.Checkpointer(self.engine)
+
     def details(self) -> dict[str, float]:
         statistics = self.engine.statistics
         return {
             "deciding_s": statistics.deciding_s,
             "gathered_bytes": float(statistics.gathered_bytes),
+            "skipped_steps": float(statistics.skipped_steps),
         }
 
     def close(self) -> None:

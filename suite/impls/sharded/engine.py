@@ -31,6 +31,8 @@ class Statistics:
     """What the engine did since it was made."""
 
     micro_steps: int = 0
+    skipped_steps: int = 0
+    """Steps that fp16 overflowed in."""
     gathered_bytes: int = 0
     """Full sizes of all gathered buffers."""
     peak_gathered_bytes: int = 0
@@ -61,6 +63,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.optimizer = optimizer
+        self.device = device
         self.statistics = Statistics()
         self.loss_scale = arena_optimizer.LossScale() if dtype is torch.float16 else None
         self.skipped = False
@@ -149,6 +152,7 @@ class Engine:
         if self.loss_scale is not None:
             self.skipped = not bool(norm.isfinite())
             self.loss_scale.update(self.skipped)
+            self.statistics.skipped_steps += self.skipped
         if not self.skipped:
             if self._clip is not None or scale != 1.0:
                 arena_optimizer.rescale(gradients, norm, self._clip, scale)
@@ -177,7 +181,12 @@ class Engine:
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """(name, fp32 master on the CPU) of every parameter, gathered bucket by bucket; collective."""
-        for bucket in self._buckets():
+        for unit in self.units:
+            yield from self.full_unit(unit)
+
+    def full_unit(self, unit: Unit) -> Iterator[tuple[str, Tensor]]:
+        """The same of one unit; collective."""
+        for bucket in unit.buckets:
             yield from self._whole(bucket, bucket.master)
 
     def full_gradients(self) -> Iterator[tuple[str, Tensor]]:

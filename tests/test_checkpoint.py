@@ -1,0 +1,253 @@
+"""Checkpoints: the same training goes on in any world, whatever happened while they were written."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from engine_scenarios import Stack, Tied, batch_of, compare, groups, one_forward
+from torch import nn
+
+from suite.errors import RankError, UsageError
+from suite.impls.sharded import Engine, checkpoint, shard
+from suite.impls.sharded.options import EngineOptions
+from suite.testbeds.local import LocalTestbed
+from suite.testbeds.testbed import RankContext
+
+GLOBAL = 12
+"""Batches per step, dealt out to however many ranks there are."""
+
+
+def make(
+    kind: type[nn.Module] = Tied,
+) -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    torch.manual_seed(7)
+    model = kind()
+    optimizer = torch.optim.AdamW(groups(model), lr=1e-2, weight_decay=0.1)
+    return model, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+
+
+def train_plain(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: object, first: int, steps: int
+) -> None:
+    for step in range(first, first + steps):
+        optimizer.zero_grad(set_to_none=False)
+        for number in range(GLOBAL):
+            (one_forward(model, batch_of(number, step, 0)) / GLOBAL).backward()
+        optimizer.step()
+        scheduler.step()  # type: ignore[attr-defined]
+
+
+class Program:
+    """One rank of a training that can be saved and continued."""
+
+    def __init__(self, context: RankContext) -> None:
+        self._rank, self._size = context.rank, context.world_size
+
+    def start(self, partition_size: int, options: EngineOptions, precision: str = "fp32") -> None:
+        self._model, self._optimizer, self._scheduler = make()
+        self._engine: Engine = shard(
+            self._model,
+            self._optimizer,
+            precision=precision,
+            partition_size=partition_size,
+            ranks_per_node=1,
+            options=options,
+        )
+        self._checkpointer = checkpoint.Checkpointer(self._engine)
+
+    def train(self, first: int, steps: int) -> None:
+        for step in range(first, first + steps):
+            for number in range(self._rank, GLOBAL, self._size):
+                self._engine.backward(one_forward(self._model, batch_of(number, step, 0)) / GLOBAL)
+            self._engine.step()
+            self._scheduler.step()
+
+    def save(self, folder: Path, position: int) -> None:
+        self._saving = self._checkpointer.save(folder, position, self._scheduler)
+
+    def wait(self) -> None:
+        self._saving.wait()
+
+    def load(self, folder: Path) -> int:
+        return checkpoint.load(folder, self._engine, self._scheduler)
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        return dict(self._engine.full_parameters())
+
+    def loss_scale(self) -> float:
+        assert self._engine.loss_scale is not None
+        return self._engine.loss_scale.value
+
+    def set_loss_scale(self, value: float) -> None:
+        assert self._engine.loss_scale is not None
+        self._engine.loss_scale.value = value
+
+    def draw(self) -> float:
+        return torch.rand(()).item()
+
+    def save_again_and_again(self, folder: Path) -> None:
+        for number in range(1, 1000):
+            self.train(number, 1)
+            self.save(folder / f"{number:04}", number)
+            self._saving.wait()
+
+
+def saved_in(folder: Path, world: int, partition_size: int, options: EngineOptions, steps: int = 3) -> None:
+    with LocalTestbed(world, world).launch(Program, 60) as ranks:
+        ranks.call("start", partition_size, options, timeout_s=30)
+        ranks.call("train", 0, steps, timeout_s=30)
+        ranks.call("save", folder, steps, timeout_s=30)
+        ranks.call("train", steps, 1, timeout_s=30)  # goes on while it is being written
+        ranks.call("wait", timeout_s=30)
+
+
+def expected(steps: int) -> dict[str, torch.Tensor]:
+    model, optimizer, scheduler = make()
+    train_plain(model, optimizer, scheduler, 0, steps)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+WORLD_SHARDED = EngineOptions(optimizer_sharding="world")
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        ((4, 2, EngineOptions()), (3, 3, EngineOptions())),
+        ((3, 3, EngineOptions()), (4, 2, WORLD_SHARDED)),
+        ((4, 2, WORLD_SHARDED), (2, 1, EngineOptions(contiguous_arenas=False))),
+        ((2, 1, EngineOptions(coalesced=False)), (1, 1, EngineOptions())),
+    ],
+    ids=["mics to zero3", "zero3 to mics", "world-sharded to replicated", "to one rank"],
+)
+def test_a_checkpoint_continues_in_another_world(
+    tmp_path: Path, saved: tuple[int, int, EngineOptions], loaded: tuple[int, int, EngineOptions]
+) -> None:
+    folder = tmp_path / "step-3"
+    saved_in(folder, *saved)
+    world, partition_size, options = loaded
+    with LocalTestbed(world, world).launch(Program, 60) as ranks:
+        ranks.call("start", partition_size, options, timeout_s=30)
+        assert ranks.call("load", folder, timeout_s=30) == [3] * world
+        ranks.call("train", 3, 3, timeout_s=30)
+        for parameters in ranks.call("parameters", timeout_s=30):
+            assert compare(parameters, expected(6)) < 2e-6
+
+
+def test_plain_torch_and_the_engine_continue_each_other(tmp_path: Path) -> None:
+    model, optimizer, scheduler = make()
+    train_plain(model, optimizer, scheduler, 0, 2)
+    checkpoint.save_plain(tmp_path / "plain", model, optimizer, 2, scheduler)
+    with LocalTestbed(3, 3).launch(Program, 60) as ranks:
+        ranks.call("start", 3, EngineOptions(), timeout_s=30)
+        assert ranks.call("load", tmp_path / "plain", timeout_s=30)[0] == 2
+        ranks.call("train", 2, 2, timeout_s=30)
+        ranks.call("save", tmp_path / "sharded", 4, timeout_s=30)
+        ranks.call("wait", timeout_s=30)
+    model, optimizer, scheduler = make()
+    assert checkpoint.load_plain(tmp_path / "sharded", model, optimizer, scheduler) == 4
+    train_plain(model, optimizer, scheduler, 4, 2)
+    assert compare({name: p.detach() for name, p in model.named_parameters()}, expected(6)) < 2e-6
+
+
+def test_random_state_and_loss_scale_are_continued(tmp_path: Path) -> None:
+    with LocalTestbed(2, 2).launch(Program, 60) as ranks:
+        ranks.call("start", 2, EngineOptions(), "fp16", timeout_s=30)
+        ranks.call("set_loss_scale", 1024.0, timeout_s=30)
+        ranks.call("train", 0, 1, timeout_s=30)
+        ranks.call("save", tmp_path / "a", 1, timeout_s=30)
+        ranks.call("wait", timeout_s=30)
+        numbers = ranks.call("draw", timeout_s=30)
+    with LocalTestbed(2, 2).launch(Program, 60) as ranks:
+        ranks.call("start", 1, EngineOptions(), "fp16", timeout_s=30)
+        ranks.call("load", tmp_path / "a", timeout_s=30)
+        assert ranks.call("loss_scale", timeout_s=30) == [1024.0, 1024.0]
+        assert ranks.call("draw", timeout_s=30) == numbers
+
+
+def test_a_kill_at_any_moment_of_a_save_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
+    """Again and again: one rank, any one, is killed at a random moment of saving in a loop."""
+    chance = random.Random(0)
+    for attempt in range(4):
+        folder = tmp_path / f"run-{attempt}"
+        with pytest.raises(RankError, match="SIGKILL"), LocalTestbed(3, 3).launch(Program, 60) as ranks:
+            ranks.call("start", 3, EngineOptions(), timeout_s=30)
+            victim = chance.choice(ranks.pids())
+            delay = 0.4 + chance.random() * 0.3
+            threading.Timer(delay, os.kill, (victim, signal.SIGKILL)).start()
+            ranks.call("save_again_and_again", folder, timeout_s=30)
+        newest = checkpoint.latest(folder)
+        assert newest is not None, "nothing was saved before the kill: allow it more time"
+        model, optimizer, scheduler = make()
+        position = checkpoint.load_plain(newest, model, optimizer, scheduler)
+        assert newest.name == f"{position:04}"
+        model_expected, *rest = make()
+        train_plain(model_expected, *rest, 1, position)
+        parameters = {name: p.detach() for name, p in model_expected.named_parameters()}
+        assert compare({name: p.detach() for name, p in model.named_parameters()}, parameters) < 1e-5
+        # What the kill left half-written is not taken for a checkpoint, and not in the way of the next.
+        checkpoint.save_plain(folder / f"{position + 1:04}", model, optimizer, position + 1, scheduler)
+        assert checkpoint.latest(folder) == folder / f"{position + 1:04}"
+
+
+def truncate(folder: Path) -> None:
+    file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def scribble(folder: Path) -> None:
+    file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    file.write_bytes(b"\xff" * 64 + file.read_bytes()[64:])
+
+
+def lose_a_file(folder: Path) -> None:
+    max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size).unlink()
+
+
+def damage_json(folder: Path) -> None:
+    (folder / checkpoint.TRAINING).write_text("{")
+
+
+def other_format(folder: Path) -> None:
+    content = json.loads((folder / checkpoint.TRAINING).read_text())
+    (folder / checkpoint.TRAINING).write_text(json.dumps(content | {"format": 99}))
+
+
+@pytest.mark.parametrize("damage", [truncate, scribble, lose_a_file, damage_json, other_format])
+def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    model, optimizer, scheduler = make()
+    train_plain(model, optimizer, scheduler, 0, 1)
+    checkpoint.save_plain(tmp_path / "a", model, optimizer, 1, scheduler)
+    damage(tmp_path / "a")
+    with pytest.raises(UsageError, match="checkpoint") as caught:
+        checkpoint.load_plain(tmp_path / "a", model, optimizer)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    model, optimizer, _ = make(Stack)
+    checkpoint.save_plain(tmp_path / "a", model, optimizer)
+    other, its_optimizer, _ = make(Tied)
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        checkpoint.load_plain(tmp_path / "a", other, its_optimizer)
+
+
+def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
+    model, optimizer, _ = make()
+    checkpoint.save_plain(tmp_path / "a", model, optimizer)
+    with pytest.raises(UsageError, match="exists already"):
+        checkpoint.save_plain(tmp_path / "a", model, optimizer)
+
+
+def test_nothing_in_a_checkpoint_is_pickled(tmp_path: Path) -> None:
+    model, optimizer, _ = make()
+    checkpoint.save_plain(tmp_path / "a", model, optimizer)
+    assert {path.suffix for path in (tmp_path / "a").iterdir()} == {".safetensors", ".json"}

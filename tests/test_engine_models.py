@@ -1,0 +1,208 @@
+"""The engine with Hugging Face models, models on the meta device, fp16, and its memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from engine_scenarios import Frozen, Stack, batch_of, one_forward
+from torch import Tensor, nn
+
+from suite.config import ModelConfig
+from suite.impls.sharded import Engine, shard
+from suite.impls.sharded.export import save_pretrained
+from suite.impls.sharded.options import EngineOptions
+from suite.testbeds.local import LocalRanks, LocalTestbed
+from suite.testbeds.testbed import RankContext
+from suite.workloads.models import build_model
+
+SMALL = ModelConfig(layers=3, hidden=32, heads=4, intermediate=64, vocab=97, seq_len=16)
+TOKENS = torch.arange(2 * 16).view(2, 16) % 97
+
+
+class Watched(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the largest tensor that is made outside the meta device, in elements."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):  # type: ignore[no-untyped-def]
+        result = function(*arguments, **(keywords or {}))
+        if isinstance(result, Tensor) and not result.is_meta:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+class Program:
+    def __init__(self, context: RankContext) -> None:
+        self._rank, self._size = context.rank, context.world_size
+
+    def train_and_export(self, folder: Path) -> dict[str, Tensor]:
+        model = build_model(SMALL, seed=0)
+        engine = shard(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+        self._hugging_face_step(engine)
+        save_pretrained(engine, folder)
+        return dict(engine.full_parameters())
+
+    def _hugging_face_step(self, engine: Engine) -> float:
+        loss = engine.model(input_ids=TOKENS, labels=TOKENS).loss / self._size
+        engine.backward(loss)
+        engine.step()
+        return float(loss.detach())
+
+    def meta_hugging_face(self) -> tuple[list[float], dict[str, Tensor], int]:
+        """Losses of a model that was built on meta, its first parameters, and the largest tensor made."""
+        with torch.device("meta"):
+            model = build_model(SMALL, seed=0)
+        torch.manual_seed(3 + self._rank)  # ranks that would draw different weights
+        with Watched() as watched:
+            engine = shard(model, torch.optim.AdamW(model.parameters(), lr=1e-2), device=torch.device("cpu"))
+        parameters = dict(engine.full_parameters())
+        return [self._hugging_face_step(engine) for _ in range(3)], parameters, watched.largest
+
+    def meta_without_initialisation(self) -> str:
+        class Bare(Stack):
+            def __init__(self) -> None:
+                super().__init__()
+                self.lonely = nn.Parameter(torch.zeros(3))
+
+        with torch.device("meta"):
+            model = Bare()
+        try:
+            shard(model, torch.optim.SGD(model.parameters(), lr=1.0), device=torch.device("cpu"))
+        except ValueError as error:
+            return str(error)
+        return "nothing was raised"
+
+    def fp16(self, overflow_on: int) -> list[tuple[bool, float, bool]]:
+        """(skipped, loss scale after it, parameters changed) per step; in step 1 one rank overflows."""
+        torch.manual_seed(0)
+        model = Stack()
+        engine = shard(model, torch.optim.AdamW(model.parameters(), lr=1e-2), precision="fp16")
+        found = []
+        for step in range(3):
+            before = dict(engine.full_parameters())
+            loss = one_forward(model, batch_of(self._rank, step, 0).half())
+            factor = 1e6 if step == 1 and self._rank == overflow_on else 1e-3
+            engine.backward(loss.float() * factor)
+            engine.step()
+            after = dict(engine.full_parameters())
+            changed = any(not torch.equal(before[name], after[name]) for name in before)
+            assert engine.loss_scale is not None
+            found.append((engine.skipped, engine.loss_scale.value, changed))
+        return found
+
+    def losses(self) -> list[float]:
+        """Of 20 steps with everything that could be in another order the next time."""
+        torch.manual_seed(0)
+        model = build_model(SMALL, seed=0)
+        engine = shard(
+            model,
+            torch.optim.AdamW(model.parameters(), lr=1e-2),
+            clip=0.1,
+            partition_size=2,
+            ranks_per_node=1,
+        )
+        found = []
+        for step in range(20):
+            tokens = (TOKENS + step + self._rank) % 97
+            loss = engine.model(input_ids=tokens, labels=tokens).loss
+            engine.backward(loss / self._size)
+            engine.step()
+            found.append(loss.item())
+        parameters = torch.cat([value.flatten() for _, value in engine.full_parameters()])
+        everyone = [torch.empty_like(parameters) for _ in range(self._size)]
+        dist.all_gather(everyone, parameters)
+        assert all(torch.equal(one, other) for one, other in itertools.pairwise(everyone))
+        return found
+
+    def peak_gathered(self, blocks: int, prefetch: int) -> tuple[int, int, int]:
+        """(peak, bytes of one block, bytes of the root unit), `prefetch` blocks ahead at most."""
+        torch.manual_seed(0)
+        model = Stack(blocks)
+        sizes = [sum(p.numel() for p in module.parameters()) * 4 for module in (model, model.blocks[0])]
+        options = EngineOptions(prefetch_mb=prefetch * 1.3 * sizes[1] / 2**20, coalesce_mb=0)
+        engine = shard(model, torch.optim.SGD(model.parameters(), lr=0.1), options=options)
+        for step in range(3):
+            engine.backward(one_forward(model, batch_of(self._rank, step, 0)))
+            engine.step()
+        block = engine.units[1].nbytes
+        return engine.statistics.peak_gathered_bytes, block, engine.units[0].nbytes
+
+    def frozen_is_released(self) -> bool:
+        """Whether a frozen block's weights are gone while the backward of earlier blocks still runs."""
+        torch.manual_seed(0)
+        model = Frozen()
+        for parameter in model.first.parameters():
+            parameter.requires_grad_(True)
+        engine = shard(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+        frozen = next(unit for unit in engine.units if unit.module is model.blocks[1])
+        seen = []
+        model.blocks[0].norm.register_full_backward_hook(
+            lambda *_: seen.append(any(bucket.allocated for bucket in frozen.buckets))
+        )
+        for step in range(2):
+            engine.backward(one_forward(model, batch_of(self._rank, step, 0)))
+            engine.step()
+        return seen == [False, False]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request: pytest.FixtureRequest) -> Iterator[LocalRanks]:
+    with LocalTestbed(request.param, request.param).launch(Program, 60) as running:
+        yield running
+
+
+def test_the_exported_model_is_loaded_by_from_pretrained(ranks: LocalRanks, tmp_path: Path) -> None:
+    from transformers import BertForMaskedLM
+
+    trained = ranks.call("train_and_export", tmp_path, timeout_s=60)[0]
+    assert len(list(tmp_path.glob("*.safetensors"))) == SMALL.layers + 1, "one file per unit"
+    loaded, report = BertForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert loaded.config.hidden_size == SMALL.hidden
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, trained[name]), name
+
+
+def test_a_model_on_meta_is_initialised_shard_by_shard_alike_on_all_ranks(ranks: LocalRanks) -> None:
+    answers = ranks.call("meta_hugging_face", timeout_s=60)
+    total = sum(value.numel() for value in answers[0][1].values())
+    for losses, parameters, largest in answers:
+        assert losses == answers[0][0] and losses[-1] < losses[0]
+        assert all(torch.equal(value, answers[0][1][name]) for name, value in parameters.items())
+        assert largest < 0.6 * total, "a rank held most of the model at once"
+    norms = [value for name, value in answers[0][1].items() if name.endswith("LayerNorm.weight")]
+    assert norms and all(torch.equal(value, torch.ones_like(value)) for value in norms)
+    embedding = answers[0][1]["bert.embeddings.position_embeddings.weight"]
+    assert 0.015 < embedding.std().item() < 0.025, "not the model's own initialisation"
+
+
+def test_a_meta_module_that_cannot_be_initialised_is_named(ranks: LocalRanks) -> None:
+    assert (
+        "Bare is on the meta device and has no reset_parameters"
+        in ranks.call("meta_without_initialisation", timeout_s=60)[0]
+    )
+
+
+def test_an_fp16_overflow_on_one_rank_skips_the_step_on_all(ranks: LocalRanks) -> None:
+    for answer in ranks.call("fp16", len(ranks.pids()) - 1, timeout_s=60):
+        assert answer == [(False, 2.0**16, True), (True, 2.0**15, False), (False, 2.0**15, True)]
+
+
+def test_two_identical_runs_have_bitwise_the_same_losses(ranks: LocalRanks) -> None:
+    assert ranks.call("losses", timeout_s=60) == ranks.call("losses", timeout_s=60)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 2])
+def test_no_more_is_gathered_than_the_units_in_flight(ranks: LocalRanks, prefetch: int) -> None:
+    peak, block, root = ranks.call("peak_gathered", 8, prefetch, timeout_s=60)[0]
+    # The root, the block that is computed, those ahead, and a neighbour that is released after.
+    assert peak <= root + (1 + max(prefetch, 1)) * block
+
+
+def test_a_frozen_unit_is_released_before_the_end_of_backward(ranks: LocalRanks) -> None:
+    assert all(ranks.call("frozen_is_released", timeout_s=60))
