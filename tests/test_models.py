@@ -80,12 +80,10 @@ def test_building_leaves_the_callers_random_numbers_alone() -> None:
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_weights_are_the_same_under_another_default_device() -> None:
-    plain = models.build_model(SHAPES[0], seed=1)
+def test_inside_the_meta_device_a_model_takes_no_memory() -> None:
     with torch.device("meta"):
         inside = models.build_model(SHAPES[0], seed=1)
-    for a, b in zip(plain.parameters(), inside.parameters(), strict=True):
-        assert torch.equal(a, b)
+    assert all(parameter.is_meta for parameter in inside.parameters())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

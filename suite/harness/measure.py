@@ -181,7 +181,10 @@ def _record(team: Team, noise: Noise, started_at: str) -> Record:
         config_hash=config.hash(),
         started_at=started_at,
         cohort=f"{started_at}/{config.workload.name}",
-        notes=[NOISE_WARNING] if noise.noisy else [],
+        notes=[
+            *team.ranks.call("notes", timeout_s=config.testbed.timeout_s)[0],
+            *([NOISE_WARNING] if noise.noisy else []),
+        ],
         details=_details(team),
     )
 

@@ -13,6 +13,7 @@ from suite.harness.memory import PeakMemory
 from suite.impls import registry
 from suite.impls.trainer import BuildModel, Recipe, Topology, Trainer
 from suite.testbeds.testbed import RankContext
+from suite.workloads.activations import activation_bytes
 from suite.workloads.data import open_stream
 from suite.workloads.models import build_model
 
@@ -36,9 +37,10 @@ class Resources:
     details: dict[str, float]
 
 
-def recipe_of(train: TrainConfig) -> Recipe:
+def recipe_of(train: TrainConfig, activation_bytes: int | None = None) -> Recipe:
     """What the configuration asks of every implementation."""
     return Recipe(
+        activation_bytes=activation_bytes,
         lr=train.lr,
         weight_decay=train.weight_decay,
         precision=train.precision,
@@ -56,10 +58,19 @@ def model_builder(config: Config) -> BuildModel:
 def build_trainer(config: Config, context: RankContext) -> Trainer:
     """The configured implementation on this rank."""
     topology = Topology(context.rank, context.world_size, context.ranks_per_node, context.device)
+    activations = None
+    if "auto" in config.impl.options.values():  # tracing takes a second, which others need not pay
+        train = config.train
+        activations = activation_bytes(
+            config.workload.model,
+            train.micro_batch,
+            recipe_of(train).dtype,
+            train.activation_checkpointing,
+        )
     return registry.build(
         config.impl.name,
         model_builder(config),
-        recipe_of(config.train),
+        recipe_of(config.train, activations),
         topology,
         config.impl.options,
     )
@@ -103,6 +114,9 @@ class Worker:
 
     def partition_size(self) -> int | None:
         return self._trainer.partition_size
+
+    def notes(self) -> list[str]:
+        return self._trainer.notes
 
     def close(self) -> None:
         self._trainer.close()

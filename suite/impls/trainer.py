@@ -49,6 +49,8 @@ class Recipe:
     precision: str = "fp32"
     clip: float | None = None
     micro_steps: int = 1
+    activation_bytes: int | None = None
+    """What the activations of one micro-batch take on a rank, where somebody has worked it out."""
 
     def adamw(self, parameters: object) -> torch.optim.AdamW:
         """The optimizer that every implementation that takes one gets."""
@@ -116,6 +118,8 @@ class Trainer(ABC):
     def __init__(self, recipe: Recipe, topology: Topology) -> None:
         self.recipe = recipe
         self.topology = topology
+        self.notes: list[str] = []
+        """Decisions that a reader of the results should know of, one sentence each."""
         self.keep_gradients = False
         """Set before a step to make `full_gradients` possible after it (costs time and memory)."""
         self._gradients: dict[str, Tensor] | None = None

@@ -23,12 +23,14 @@ FAMILIES = ("bert", "roberta")
 
 
 def build_model(model: ModelConfig, seed: int, activation_checkpointing: bool = False) -> nn.Module:
-    """`BertForMaskedLM` or `RobertaForMaskedLM`, fp32 on the CPU, in training mode.
+    """`BertForMaskedLM` or `RobertaForMaskedLM`, fp32, in training mode; on the CPU, or on meta inside
+    `with torch.device("meta")`.
 
     Every rank calls it: equal arguments give equal weights, and the caller's random numbers are left
     as they were. Embedding and decoder are tied. Raises UsageError for an unknown family.
     """
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+    meta = torch.get_default_device().type == "meta"
+    with torch.device("meta" if meta else "cpu"), torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would also reseed the accelerators that fork_rng leaves alone.
         torch.default_generator.manual_seed(seed)
         return _construct(model, activation_checkpointing)

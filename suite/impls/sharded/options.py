@@ -107,9 +107,13 @@ class UnoptimizedOptions(Zero3Options):
 
 @dataclass
 class MicsOptions(EngineOptions):
-    """`partition_size` None: a node where there are several, otherwise half of the world."""
+    """`partition_size` None: a node where there are several, otherwise half of the world.
+
+    `device_memory_gb` (GiB) is what `partition_size=auto` may fill; None: what the device has.
+    """
 
     hierarchical: bool = True
+    device_memory_gb: float | None = None
 
     def resolve(self, world_size: int, ranks_per_node: int) -> EngineOptions:
         size = self.partition_size
