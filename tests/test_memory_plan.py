@@ -75,7 +75,7 @@ def test_auto_is_chosen_and_noted_in_a_run() -> None:
     from suite.harness.measure import measure
     from suite.records import Record
 
-    words = ["impl=mics", "impl.options.partition_size=auto", "impl.options.device_memory_gb=0.024"]
+    words = ["impl=mics", "impl.options.partition_size=auto", "impl.options.device_memory_gb=0.023"]
     config = load([*words, "testbed.ranks=4", "testbed.ranks_per_node=2", "train.steps=1", "train.warmup=1"])
     (record,) = measure([config])
     assert isinstance(record, Record)

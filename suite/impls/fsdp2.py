@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -11,7 +13,15 @@ from torch.distributed.tensor import DTensor
 from suite.impls.blocks import block_stack
 from suite.impls.gradients import clip_gradients, gradient_of
 from suite.impls.options import Options, PartitionOptions
+from suite.impls.sharded.fsdp2_comm import use_engine_collectives
 from suite.impls.trainer import BuildModel, MicroBatch, Recipe, Topology, Trainer
+
+
+@dataclass
+class FSDP2MiCSOptions(PartitionOptions):
+    """As for HSDP; `hierarchical` off gives flat collectives of true volume."""
+
+    hierarchical: bool = True
 
 
 class FSDP2(Trainer):
@@ -85,6 +95,28 @@ class HSDP(FSDP2):
     def _forward_backward(self, micro_batch: MicroBatch, last: bool) -> Tensor:
         self._model.set_requires_all_reduce(last)
         return super()._forward_backward(micro_batch, last)
+
+
+class FSDP2MiCS(HSDP):
+    """HSDP with this project's collectives: hierarchical where a partition group is made of several
+    whole nodes, of true volume everywhere. A user's own script gets the same with one call
+    (`suite.impls.sharded.fsdp2_comm`)."""
+
+    def __init__(
+        self,
+        build_model: BuildModel,
+        recipe: Recipe,
+        topology: Topology,
+        options: FSDP2MiCSOptions,
+    ) -> None:
+        super().__init__(build_model, recipe, topology, options)
+        assert options.partition_size is not None and isinstance(self._model, torch.nn.Module)
+        self._collectives = use_engine_collectives(
+            self._model, options.partition_size, topology.ranks_per_node, options.hierarchical
+        )
+
+    def close(self) -> None:
+        self._collectives.close()
 
 
 def _whole(shard: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from suite.impls.deepspeed_zero import STAGE3_SIZES, DeepSpeedZero
 from suite.impls.fairscale_sharded import FairScaleFSDP, FairScaleSDP, SDPOptions
 from suite.impls.fairscale_shims import FSDP_SHIMS
 from suite.impls.floor import Floor
-from suite.impls.fsdp2 import FSDP2, HSDP
+from suite.impls.fsdp2 import FSDP2, HSDP, FSDP2MiCS, FSDP2MiCSOptions
 from suite.impls.mics import MiCS
 from suite.impls.options import Options, PartitionOptions
 from suite.impls.sharded.options import MicsOptions, UnoptimizedOptions, Zero3Options
@@ -100,6 +100,13 @@ _ALL = (
         "fully_shard inside partition groups, gradients all-reduced across them at the last micro-step",
         "Its gathers block on the CPU, and gloo's reduce-scatter moves an all-reduce's bytes.",
         options=PartitionOptions,
+    ),
+    Implementation(
+        "fsdp2-mics",
+        FSDP2MiCS,
+        "HSDP with this project's hierarchical collectives, handed to fully_shard by its public interface",
+        "Its gathers block on the CPU.",
+        options=FSDP2MiCSOptions,
     ),
     *(_deepspeed_zero(stage, summary) for stage, summary in _ZERO_STAGES.items()),
     Implementation(

@@ -17,8 +17,9 @@ def activation_bytes(
 ) -> int:
     """What autograd keeps from the forward of one micro-batch until its backward, per rank.
 
-    Traced on fake tensors (which take the kernels of the CPU: fused attention) at one and two layers; all blocks are alike. With activation
-    checkpointing it is the blocks' inputs, and one block recomputed.
+    Traced on fake tensors (which take the kernels of the CPU: fused attention) at one and two layers;
+    all blocks are alike. With activation checkpointing it is the blocks' inputs, and one block
+    recomputed.
     """
     one, two = (_saved(replace(model, layers=layers), micro_batch, dtype) for layers in (1, 2))
     block, rest = two - one, 2 * one - two

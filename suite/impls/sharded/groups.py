@@ -42,24 +42,43 @@ class Groups:
 
 def make_groups(topology: PartitionTopology, options: EngineOptions, device: torch.device) -> Groups:
     """Every rank calls it, after `init_process_group`: the groups of all ranks are made in one order."""
-    rank = dist.get_rank()
-    # gloo, the backend of the CPU, is served better by point-to-point messages than by itself.
-    direct = device.type == "cpu" and options.preflattened and not options.stock_collectives
-    kind = DirectCollectives if direct else NativeCollectives
-    kind = kind if options.preflattened else FlatteningCollectives
+    partition = make_partition(topology, options, device)
+    replication = _flat(topology.replication_groups(), dist.get_rank(), _flat_kind(options, device))
+    return Groups(partition, replication)
+
+
+def make_partition(
+    topology: PartitionTopology,
+    options: EngineOptions,
+    device: torch.device,
+    in_rank_order: bool = False,
+) -> Collectives:
+    """The collectives of this rank's partition group.
+
+    `in_rank_order` asks for shards to be numbered as the ranks are, also where that is not the
+    topology's order; native hierarchical collectives cannot do that.
+    """
+    kind, rank = _flat_kind(options, device), dist.get_rank()
     if topology.hierarchical and options.preflattened:
-        partition = _hierarchical(topology, rank, device, direct)
-    else:
-        partition = _flat(topology.partition_groups(), rank, kind)
-    return Groups(partition, _flat(topology.replication_groups(), rank, kind))
+        return _hierarchical(topology, rank, device, kind is DirectCollectives, in_rank_order)
+    return _flat(topology.partition_groups(), rank, kind)
 
 
-def _hierarchical(topology: PartitionTopology, rank: int, device: torch.device, direct: bool) -> Collectives:
+def _flat_kind(options: EngineOptions, device: torch.device) -> type[DirectCollectives | NativeCollectives]:
+    if not options.preflattened:
+        return FlatteningCollectives
+    # gloo, the backend of the CPU, is served better by point-to-point messages than by itself.
+    return DirectCollectives if device.type == "cpu" and not options.stock_collectives else NativeCollectives
+
+
+def _hierarchical(
+    topology: PartitionTopology, rank: int, device: torch.device, direct: bool, in_rank_order: bool
+) -> Collectives:
     members = [sorted(group) for group in topology.partition_groups()]
     position = rank % topology.partition_size
     node, local_rank = divmod(position, topology.ranks_per_node)
     if direct:
-        place = Place(node, topology.nodes_per_group, local_rank, topology.ranks_per_node)
+        place = Place(node, topology.nodes_per_group, local_rank, topology.ranks_per_node, in_rank_order)
         return DirectHierarchicalCollectives(_own_group(members), place)
     step = topology.ranks_per_node
     across = _own_group([group[local::step] for group in members for local in range(step)])

@@ -28,6 +28,8 @@ class Place:
     nodes: int
     local_rank: int
     local_size: int
+    in_rank_order: bool = False
+    """Whether shards are numbered as the ranks are. Messages find their place either way."""
 
     def rank(self, node: int, local_rank: int) -> int:
         """The rank at that place, in the group's own numbering."""
@@ -35,6 +37,8 @@ class Place:
 
     def shard(self, node: int, local_rank: int) -> int:
         """The shard that it holds; those of equal local rank are neighbours."""
+        if self.in_rank_order:
+            return self.rank(node, local_rank)
         return local_rank * self.nodes + node
 
     @property
