@@ -14,11 +14,13 @@ from torch import Tensor
 from suite.impls.sharded.collectives import AloneCollectives, Collectives, Reduction
 from suite.impls.sharded.direct import DirectCollectives
 from suite.impls.sharded.native import FlatteningCollectives, NativeCollectives
+from suite.impls.sharded.ring import RingCollectives
 from suite.testbeds.local import LocalRanks, LocalTestbed
 from suite.testbeds.testbed import RankContext
 
-KINDS: dict[str, type[DirectCollectives | NativeCollectives]] = {
-    kind.__name__: kind for kind in (DirectCollectives, NativeCollectives, FlatteningCollectives)
+KINDS: dict[str, type[DirectCollectives | RingCollectives | NativeCollectives]] = {
+    kind.__name__: kind
+    for kind in (DirectCollectives, RingCollectives, NativeCollectives, FlatteningCollectives)
 }
 Layout = Sequence[tuple[int, int]]
 """(offset, size) of the pieces of a flat buffer; what lies between them is padding."""

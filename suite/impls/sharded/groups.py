@@ -17,6 +17,7 @@ from suite.impls.sharded.native import (
     NativeHierarchicalCollectives,
 )
 from suite.impls.sharded.options import EngineOptions
+from suite.impls.sharded.ring import RingCollectives
 from suite.impls.sharded.topology import PartitionTopology
 
 
@@ -43,8 +44,11 @@ class Groups:
 def make_groups(topology: PartitionTopology, options: EngineOptions, device: torch.device) -> Groups:
     """Every rank calls it, after `init_process_group`: the groups of all ranks are made in one order."""
     partition = make_partition(topology, options, device)
-    replication = _flat(topology.replication_groups(), dist.get_rank(), _flat_kind(options, device))
-    return Groups(partition, replication)
+    # Where a node holds several replicas of a shard, a ring keeps them from all crossing to all.
+    kind = _flat_kind(
+        options, device, ring=topology.partition_size < topology.ranks_per_node < topology.world_size
+    )
+    return Groups(partition, _flat(topology.replication_groups(), dist.get_rank(), kind))
 
 
 def make_partition(
@@ -58,17 +62,22 @@ def make_partition(
     `in_rank_order` asks for shards to be numbered as the ranks are, also where that is not the
     topology's order; native hierarchical collectives cannot do that.
     """
-    kind, rank = _flat_kind(options, device), dist.get_rank()
+    kind, rank = _flat_kind(options, device, ring=topology.crosses_nodes), dist.get_rank()
     if topology.hierarchical and options.preflattened:
-        return _hierarchical(topology, rank, device, kind is DirectCollectives, in_rank_order)
+        return _hierarchical(topology, rank, device, kind is RingCollectives, in_rank_order)
     return _flat(topology.partition_groups(), rank, kind)
 
 
-def _flat_kind(options: EngineOptions, device: torch.device) -> type[DirectCollectives | NativeCollectives]:
+Flat = type[DirectCollectives | RingCollectives | NativeCollectives]
+
+
+def _flat_kind(options: EngineOptions, device: torch.device, ring: bool) -> Flat:
     if not options.preflattened:
         return FlatteningCollectives
+    if device.type != "cpu" or options.stock_collectives:
+        return NativeCollectives
     # gloo, the backend of the CPU, is served better by point-to-point messages than by itself.
-    return DirectCollectives if device.type == "cpu" and not options.stock_collectives else NativeCollectives
+    return RingCollectives if ring else DirectCollectives
 
 
 def _hierarchical(
@@ -86,11 +95,7 @@ def _hierarchical(
     return NativeHierarchicalCollectives(across, inside, device)
 
 
-def _flat(
-    members: Sequence[Sequence[int]],
-    rank: int,
-    kind: type[DirectCollectives | NativeCollectives],
-) -> Collectives:
+def _flat(members: Sequence[Sequence[int]], rank: int, kind: Flat) -> Collectives:
     size = len(members[0])
     if size == 1:
         return AloneCollectives(0, 1)

@@ -45,6 +45,11 @@ class PartitionTopology:
         return self.wants_hierarchical and fills_nodes and several
 
     @property
+    def crosses_nodes(self) -> bool:
+        """Whether some partition group has ranks on several nodes."""
+        return self.ranks_per_node % self.partition_size != 0
+
+    @property
     def nodes_per_group(self) -> int:
         """Nodes that a partition group is made of, when its collectives are hierarchical."""
         return self.partition_size // self.ranks_per_node
