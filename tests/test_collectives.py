@@ -19,7 +19,8 @@ from suite.impls.sharded.collectives import (
     NativeCollectives,
     Reduction,
 )
-from suite.testbeds.local import LocalRanks, LocalTestbed
+from suite.testbeds.local import LocalTestbed
+from suite.testbeds.ranks import LocalRanks
 from suite.testbeds.testbed import RankContext
 
 KINDS: dict[str, type[Collectives]] = {

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from suite.impls.sharded import Engine, shard
 from suite.impls.sharded.options import EngineOptions, UnoptimizedOptions
-from suite.testbeds.local import LocalRanks, LocalTestbed
+from suite.testbeds.local import LocalTestbed
+from suite.testbeds.ranks import LocalRanks
 from suite.testbeds.testbed import RankContext
 
 WIDTH = 12

@@ -9,7 +9,8 @@ from typing import Any
 from suite.config import Config
 from suite.errors import unknown
 from suite.impls import registry
-from suite.testbeds.local import LocalTestbed, stay_forkable
+from suite.testbeds.forked import stay_forkable
+from suite.testbeds.local import LocalTestbed
 from suite.testbeds.testbed import RankContext, Ranks, Testbed
 from suite.workloads import data, models
 

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from suite.impls.sharded.collectives import Collectives, DirectCollectives, NativeCollectives, Reduction
-from suite.testbeds.local import LocalRanks, LocalTestbed
+from suite.testbeds.local import LocalTestbed
+from suite.testbeds.ranks import LocalRanks
 from suite.testbeds.testbed import RankContext
 
 KINDS: dict[str, type[Collectives]] = {"direct": DirectCollectives, "stock gloo": NativeCollectives}
