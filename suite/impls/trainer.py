@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from suite.impls.trace import Trace
+
 CPU = torch.device("cpu")
 
 
@@ -157,6 +159,9 @@ class Trainer(ABC):
     @abstractmethod
     def _optimizer_step(self) -> tuple[float, bool]:
         """Clips, steps and clears the gradients; returns (gradient norm, skipped)."""
+
+    def record_into(self, trace: Trace) -> None:  # noqa: B027 (most implementations log nothing)
+        """From now on this implementation adds what it gathers, reduces and waits for to `trace`."""
 
     def details(self) -> dict[str, float]:
         """Figures of the implementation's own, counted up since it was made; units in their names."""

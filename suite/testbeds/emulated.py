@@ -23,6 +23,7 @@ class EmulatedTestbed(Testbed):
 
     evidence = "emulated"
     device_type = "cpu"
+    busy_limit = 0.6
 
     def __init__(self, nodes: int, ranks_per_node: int, bits_per_s: float) -> None:
         self.nodes = nodes

@@ -41,7 +41,6 @@ _ROUTE = "initcwnd 300 initrwnd 300 rto_min 3s quickack 1"
 
 _NEW_USER = 0x10000000  # CLONE_NEWUSER, CLONE_NEWNET: Python has them from 3.12 on
 _NEW_NET = 0x40000000
-_PR_SET_DUMPABLE = 4
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -66,8 +65,6 @@ class Network:
         """Moves this (single-threaded) process into a node, for good."""
         if self._user is not None:
             _set_namespace(self._user, _NEW_USER)
-            # The kernel now takes this for a set-uid program and would lock it out of its own /proc.
-            _libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
         _set_namespace(self._nodes[node], _NEW_NET)
 
     def close(self) -> None:
