@@ -101,8 +101,17 @@ def build_network(nodes: int, bits_per_s: float) -> Network:
         os.waitpid(builder, 0)
     if not descriptors:
         reason = message.decode(errors="replace") or "the process that builds it died"
-        raise UsageError(f"testbed=emulated cannot build its network here: {reason}; see `suite doctor`")
+        raise UsageError(f"testbed=emulated cannot build its network here: {reason}")
     return Network(descriptors, has_user=message == b"user")
+
+
+def why_not() -> str | None:
+    """What keeps this host from emulating a cluster; None when nothing does. Builds one and lets go."""
+    try:
+        build_network(1, 1e9).close()
+    except UsageError as error:
+        return str(error)
+    return None
 
 
 def _builder(nodes: int, bits_per_s: float, channel: socket.socket) -> NoReturn:

@@ -38,7 +38,7 @@ BYTES_PER_PARAMETER = {"fp32": 4, "bf16": 2}
 # The automatic dilation keeps the cores of this host busy for a share of the time only. A block is
 # moved three times per micro-step (two gathers, one reduction) to each rank, by one core at about this
 # many bytes per second, through both ends' TCP and the compute of the small model included.
-BYTES_PER_CORE_S = 400e6
+BYTES_PER_CORE_S = 250e6
 BLOCK_MOVES = 3
 BUSY_SHARE = 0.4
 
