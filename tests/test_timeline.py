@@ -52,9 +52,10 @@ def test_the_command_writes_the_blocks_of_an_emulated_step(tmp_path: Path) -> No
     for rank in (0, 1):
         names = [event["name"] for event in events if event["pid"] == rank]
         assert names == ["forward 0", "forward 1", "backward 1", "backward 0"]
-    # A block's forward takes 10.65 ms on a V100 at half of its peak.
-    assert all(event["dur"] >= 10_651 for event in events)
-    assert min(event["dur"] for event in events) < 13_000
+    # A block's forward takes 10.65 ms on a V100 at half of its peak, its backward twice as long; what
+    # the small model really computed before is taken off.
+    assert all(event["dur"] < 23_000 for event in events)
+    assert max(event["dur"] for event in events) > 15_000
     assert min(event["ts"] for event in events) == 0
 
 

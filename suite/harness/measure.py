@@ -63,11 +63,14 @@ class Team:
         """Host seconds per timed step: that of its slowest rank."""
         return [max(rank.seconds for rank in step) for step in self.steps[self.timed_from :]]
 
-    def waiting(self) -> float:
-        """Host seconds per step in which a rank's training thread waited: mean over the ranks, median
-        over the timed steps."""
-        timed = self.steps[self.timed_from :]
-        return median(mean(rank.seconds - rank.computing_s for rank in step) for step in timed)
+    def waiting(self) -> float | None:
+        """Host seconds per step in which a rank's training thread waited for messages: mean over the
+        ranks, median over the timed steps. None where no blocks are paced: there it is not known."""
+        waits = [
+            [rank.seconds - rank.computing_s for rank in step if rank.computing_s is not None]
+            for step in self.steps[self.timed_from :]
+        ]
+        return median(map(mean, waits)) if all(waits) else None
 
 
 def measure(cohort: Sequence[Config], say: Say = lambda _: None) -> list[Record | Failure]:
@@ -151,6 +154,7 @@ def _record(team: Team, noise: Noise, started_at: str) -> Record:
     config, scale = team.config, scale_of(team.config)
     train, model = config.train, config.workload.model
     dilation = 1.0 if scale is None else scale.dilation
+    waiting = team.waiting()
     times = [seconds / dilation for seconds in team.step_times()]
     spread = Spread.of(times)
     samples = config.global_batch
@@ -183,7 +187,7 @@ def _record(team: Team, noise: Noise, started_at: str) -> Record:
         peak_memory_bytes=max(item.peak_memory_bytes for item in team.after),
         inter_node_bytes_per_node=round(between / train.steps) if tcp else None,
         bytes_sent_per_rank=round(traffic.per_rank(before, after) / train.steps) if tcp else None,
-        exposed_comm_s=None if scale is None else team.waiting() / dilation,
+        exposed_comm_s=None if waiting is None else waiting / dilation,
         losses=[step[0].loss for step in team.steps],
         grad_norms=[step[0].grad_norm for step in team.steps],
         noise=noise.to_dict(),

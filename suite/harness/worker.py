@@ -26,12 +26,12 @@ from suite.workloads.pacing import Pacer
 class StepMeasurement:
     """One step on one rank; `seconds` from a barrier until the loss is known on the host.
 
-    `computing_s` is the part of it in which the training thread had a core or spent the modelled
-    time of a paced block; in the rest it waited: for messages, or for a core.
+    `computing_s` is the part of it in which the training thread did not wait for messages: it worked,
+    or spent the modelled time of a paced block. None where nothing is paced.
     """
 
     seconds: float
-    computing_s: float
+    computing_s: float | None
     loss: float
     grad_norm: float
 
@@ -113,11 +113,14 @@ class Worker:
         self._step += 1
         self._context.barrier()
         _synchronize(self._context.device)
-        start, computing = time.perf_counter(), self._computing_s()
+        if self._pacer is not None:
+            self._pacer.start_step()
+        start = time.perf_counter()
         result = self._trainer.train_step(batches)
         _synchronize(self._context.device)
-        seconds, computing = time.perf_counter() - start, self._computing_s() - computing
-        return StepMeasurement(seconds, computing, result.loss, result.grad_norm)
+        seconds = time.perf_counter() - start
+        computing_s = None if self._pacer is None else self._pacer.end_step()
+        return StepMeasurement(seconds, computing_s, result.loss, result.grad_norm)
 
     def traced_step(self) -> list[Span]:
         """One optimizer step, and what happened in it on this rank."""
@@ -125,10 +128,6 @@ class Worker:
         self.step()
         self._trace.recording = False
         return self._trace.spans
-
-    def _computing_s(self) -> float:
-        """So far: CPU time of this thread, which trains, and the time spent in paced blocks."""
-        return time.thread_time() + (self._pacer.spent_s if self._pacer is not None else 0.0)
 
     def reset_peak_memory(self) -> None:
         self._memory.reset()
@@ -139,12 +138,11 @@ class Worker:
     def _details(self) -> dict[str, float]:
         if self._pacer is None:
             return self._trainer.details()
-        overshoot_s = self._pacer.spent_s - self._pacer.modelled_s
-        return {
-            **self._trainer.details(),
+        paced = {
             "paced_host_s": self._pacer.modelled_s,
-            "pacing_overshoot_host_s": overshoot_s,
+            "pacing_overshoot_host_s": self._pacer.overshoot_s,
         }
+        return {**self._trainer.details(), **paced}
 
     def partition_size(self) -> int | None:
         return self._trainer.partition_size

@@ -11,8 +11,9 @@ Dividing a measured time by d gives the time on the real cluster, for as many bl
 Assumptions, all of them:
 
 1. A block takes (its matrix FLOPs) / (the GPU's peak half-precision rate * `cluster.kernel_efficiency`):
-   forward once, backward twice, recomputation once more. Nothing else of the GPU is modelled: the
-   embedding, the head and the optimizer take only the time that they take here, divided by d.
+   forward once, backward twice, recomputation once more. Nothing else of the GPU is modelled: what
+   this host really computes meanwhile (the small blocks, the framework's own work, copies) is part of
+   the blocks' time, and what comes after the last of them (the optimizer) counts divided by d.
 2. The real training moves 2 bytes per parameter (half precision). The emulated one moves those of
    `train.precision`, for fewer parameters: what counts is bytes over bandwidth.
 3. A node's link is what all its GPUs share, and a block is moved to a node once: that is what
