@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -79,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", _report, "write the report of result folders")
     report.add_argument("results", nargs="+", type=Path)
     report.add_argument("--out", type=Path, default=Path("report"))
+    timeline = add("timeline", _timeline, "what each rank does in one step, for ui.perfetto.dev")
+    timeline.add_argument("options", nargs="*", metavar="KEY=VALUE", help="as for `suite run`")
+    timeline.add_argument("--out", type=Path, default=Path("timeline.json"))
     add("doctor", _doctor, "what this host can run, and why not")
     return parser
 
@@ -200,6 +204,17 @@ def _read_results(folder: Path) -> list[AnyRecord]:
     if not file.exists():
         raise UsageError(f"there are no results in {str(folder)!r}; run `suite sweep` first")
     return read(file)
+
+
+def _timeline(parsed: argparse.Namespace) -> int:
+    from suite.harness.timeline import chrome_trace, trace_step
+
+    config = load(parsed.options)
+    with stderr.status(f"tracing a step of {config.impl.name}"):
+        timeline = trace_step(config)
+    parsed.out.write_text(json.dumps(chrome_trace(timeline)))
+    stdout.print(f"timeline: {parsed.out} (open it in ui.perfetto.dev)", soft_wrap=True)
+    return 0
 
 
 def _doctor(parsed: argparse.Namespace) -> int:

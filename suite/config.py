@@ -50,11 +50,13 @@ class WorkloadConfig:
 
     `data` is `python-docs` (the text that every Python carries), `synthetic` (random tokens),
     a path to a text file or folder, or `hf:NAME` (a Hugging Face dataset, for those online).
+    `scale_of` names the workload whose blocks this one's stand for on the emulated testbed.
     """
 
     name: str = "bert-tiny"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: str = "python-docs"
+    scale_of: str | None = None
 
 
 @dataclass
@@ -77,7 +79,10 @@ class TrainConfig:
 
 @dataclass
 class TestbedConfig:
-    """Where ranks run. `ranks = nodes * ranks_per_node`; any two say the third.
+    """Where ranks run: `local` or `emulated`. `ranks = nodes * ranks_per_node`; any two say the third.
+
+    `dilation` is how many times slower than the real cluster an emulated one runs; None chooses one
+    for which this host is fast enough.
 
     `timeout_s` is how long a rank may stay silent in one step before the run is ended,
     `startup_timeout_s` the same for building the model and the implementation.
@@ -89,6 +94,7 @@ class TestbedConfig:
     ranks: int | None = None
     nodes: int | None = None
     ranks_per_node: int | None = None
+    dilation: float | None = None
     timeout_s: float = 120.0
     startup_timeout_s: float = 300.0
 
@@ -98,7 +104,8 @@ class ClusterConfig:
     """One kind of node, and how many of them (`configs/clusters/`): what the emulated testbed makes a
     scale model of and the projection computes with. Bandwidths are per direction.
 
-    `peak_tflops`: dense half precision with tensor cores, per GPU. `intra_node_gb_s`: per GPU,
+    `peak_tflops`: dense half precision with tensor cores, per GPU; `kernel_efficiency`: the share of it
+    that a transformer block's kernels reach when they wait for nothing. `intra_node_gb_s`: per GPU,
     gigabytes/s through NVLink or what there is. `inter_node_gbit_s`: per node, gigabits/s.
     """
 
@@ -107,6 +114,7 @@ class ClusterConfig:
     gpus_per_node: int = 8
     gpu: str = "V100"
     peak_tflops: float = 125.0
+    kernel_efficiency: float = 0.5
     memory_gb: float = 32.0
     memory_gb_s: float = 900.0
     intra_node_gb_s: float = 150.0
@@ -259,6 +267,7 @@ def _resolve(config: Config) -> Config:
         raise unknown("train.precision", train.precision, PRECISIONS)
     if config.wandb.mode not in ("offline", "online", "disabled"):
         raise unknown("wandb.mode", config.wandb.mode, ("offline", "online", "disabled"))
+    _require_scale_model(config)
     for key in ("layers", "hidden", "heads", "intermediate", "vocab", "seq_len"):
         _require(getattr(model, key) >= 1, f"workload.model.{key}", getattr(model, key), "at least 1")
     if model.hidden % model.heads:
@@ -275,6 +284,31 @@ def _resolve(config: Config) -> Config:
             )
         train.micro_batch = train.global_batch // parts
     return config
+
+
+def _require_scale_model(config: Config) -> None:
+    """The emulated testbed needs to know what it stands for; no other one may be slowed down."""
+    testbed, workload, cluster = config.testbed, config.workload, config.cluster
+    _require(
+        testbed.dilation is None or testbed.dilation > 0, "testbed.dilation", testbed.dilation, "above 0"
+    )
+    if workload.scale_of is not None and workload.scale_of not in presets("workloads"):
+        raise unknown("workload.scale_of", workload.scale_of, presets("workloads"))
+    if testbed.name != "emulated":
+        if testbed.dilation is not None:
+            raise UsageError(f"testbed.dilation has no meaning for testbed={testbed.name}; leave it out")
+        return
+    if cluster is None:
+        raise UsageError(
+            f"testbed=emulated needs a cluster to emulate; give cluster={'|'.join(presets('clusters'))}"
+        )
+    efficiency = cluster.kernel_efficiency
+    _require(0 < efficiency <= 1, "cluster.kernel_efficiency", efficiency, "above 0 and at most 1")
+    if workload.scale_of is None:
+        raise UsageError(
+            f"workload={workload.name} is no scale model of a real one, which testbed=emulated needs; "
+            "use workload=bert-scale, or name one with workload.scale_of=bert-10b"
+        )
 
 
 def _resolve_ranks(testbed: TestbedConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from suite.testbeds.local import stay_forkable
+from suite.testbeds.forked import stay_forkable
 
 # Tests compute in this process, and fork ranks from it.
 stay_forkable()

@@ -15,7 +15,8 @@ from suite.impls.sharded.collectives import AloneCollectives, Collectives, Reduc
 from suite.impls.sharded.direct import DirectCollectives
 from suite.impls.sharded.native import FlatteningCollectives, NativeCollectives
 from suite.impls.sharded.ring import RingCollectives
-from suite.testbeds.local import LocalRanks, LocalTestbed
+from suite.testbeds.local import LocalTestbed
+from suite.testbeds.ranks import LocalRanks
 from suite.testbeds.testbed import RankContext
 
 KINDS: dict[str, type[DirectCollectives | RingCollectives | NativeCollectives]] = {

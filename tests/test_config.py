@@ -19,7 +19,7 @@ def test_short_names_and_keys_below_them_may_be_given_in_any_order() -> None:
 
 
 def test_every_preset_loads() -> None:
-    assert len(presets("workloads")) == 16
+    assert len(presets("workloads")) == 17
     for name in presets("workloads"):
         assert load([f"workload={name}"]).workload.name == name
 

@@ -8,7 +8,8 @@ import pytest
 from engine_scenarios import OPTIMIZERS, SCENARIOS, Program
 
 from suite.impls.sharded.options import EngineOptions, UnoptimizedOptions
-from suite.testbeds.local import LocalRanks, LocalTestbed
+from suite.testbeds.local import LocalTestbed
+from suite.testbeds.ranks import LocalRanks
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])

@@ -16,7 +16,8 @@ from suite.config import ModelConfig
 from suite.impls.sharded import Engine, shard
 from suite.impls.sharded.export import save_pretrained
 from suite.impls.sharded.options import EngineOptions
-from suite.testbeds.local import LocalRanks, LocalTestbed
+from suite.testbeds.local import LocalTestbed
+from suite.testbeds.ranks import LocalRanks
 from suite.testbeds.testbed import RankContext
 from suite.workloads.models import build_model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from dataclasses import replace
 
 from suite.harness.noise import CpuReading, noise_between, read_cpu
 
@@ -38,3 +39,15 @@ def test_a_measurement_is_noisy_beyond_the_limit_with_stolen_time_counted() -> N
     stolen = CpuReading(at_s=10, busy_s=9.5 * cores, steal_s=1 * cores, ours_s=9 * cores)
     assert not noise_between(start, quiet, 1).noisy
     assert noise_between(start, stolen, 1).noisy
+
+
+def test_a_machine_without_time_to_spare_is_noisy_only_where_that_matters() -> None:
+    cores = os.cpu_count() or 1
+    start = CpuReading(at_s=0, busy_s=0, steal_s=0, ours_s=0)
+    # Our own work alone is within the limit; with the kernel's, for our packets, it is not.
+    busy = CpuReading(at_s=10, busy_s=5 * cores, steal_s=0, ours_s=5 * cores, interrupts_s=2 * cores)
+    noise = noise_between(start, busy, 1)
+    assert not noise.noisy
+    assert replace(noise, busy_limit=0.6).too_busy and replace(noise, busy_limit=0.6).noisy
+    assert not replace(noise, busy_limit=0.8).noisy
+    assert not replace(noise, busy_limit=0.6).disturbed

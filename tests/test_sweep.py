@@ -57,6 +57,21 @@ def test_words_on_the_command_line_win_over_the_file(sweep_file: Path) -> None:
     assert {cell.workload.name for cell in cells} == {"roberta-tiny"}
 
 
+def test_a_grid_may_vary_a_key_of_a_preset_that_was_named_in_short(tmp_path: Path) -> None:
+    file = tmp_path / "network.yaml"
+    file.write_text(
+        "stages:\n"
+        "  - impls: [ddp]\n"
+        "    base: {testbed: {name: emulated, nodes: 2}, cluster: p3dn, workload: bert-scale}\n"
+        "    grid: {cluster.inter_node_gbit_s: [25, 400], workload.model.layers: [2]}\n"
+    )
+    slow, fast = (cohort.cells[0] for cohort in read_sweep(file))
+    assert slow.cluster is not None and fast.cluster is not None
+    assert (slow.cluster.name, slow.cluster.inter_node_gbit_s) == ("p3dn", 25)
+    assert fast.cluster.inter_node_gbit_s == 400
+    assert (slow.testbed.nodes, slow.workload.name, slow.workload.model.layers) == (2, "bert-scale", 2)
+
+
 def test_an_implementation_may_come_with_options(tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text("stages: [{impls: [{name: hsdp, options: {partition_size: 2}}, ddp]}]")

@@ -15,7 +15,8 @@ from torch import Tensor
 from suite.config import Config
 from suite.harness.environment import environment
 from suite.harness.launch import launch, prepare
-from suite.harness.worker import build_trainer, model_builder, recipe_of
+from suite.harness.worker import build_trainer, make_pacer, model_builder, recipe_of
+from suite.impls.trace import Trace
 from suite.records import CheckRecord
 from suite.testbeds.local import LocalTestbed
 from suite.testbeds.testbed import RankContext
@@ -63,7 +64,7 @@ class CheckWorker:
         self._config = config
         self._context = context
         self._stream = open_stream(config.workload, config.train.seed)
-        self._trainer = build_trainer(config, context)
+        self._trainer = build_trainer(config, context, make_pacer(config, Trace()))
         self._trainer.keep_gradients = True
         self._losses: list[float] = []
         self._grad_norms: list[float] = []

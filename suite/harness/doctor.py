@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from suite.errors import UsageError
 from suite.harness.environment import environment
 from suite.impls import registry
+from suite.testbeds.network import why_not
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Machine, tools and every implementation. Starts nothing and writes nothing."""
+    """Machine, tools and every implementation. Leaves nothing behind."""
     env = environment()
     machine = f"{env['cores']} cores ({env['cpu']}), {env['memory_bytes'] / 2**30:.0f} GiB, {env['system']}"
     accelerators = ", ".join(env["accelerators"]) or "none: implementations run on the CPU over gloo"
@@ -34,6 +35,7 @@ def examine() -> list[Finding]:
         _tool("g++", "compiles DeepSpeed's CPU helper", "install g++"),
         _tool("ninja", "compiles DeepSpeed's CPU helper", "pip install ninja"),
         _memory_peaks(),
+        _emulated_clusters(),
     ]
     return findings + [_implementation(name) for name in registry.IMPLEMENTATIONS]
 
@@ -48,6 +50,13 @@ def _tool(name: str, purpose: str, remedy: str) -> Finding:
 def _memory_peaks() -> Finding:
     ok = os.access("/proc/self/clear_refs", os.W_OK)
     return Finding("peak memory", ok, "needs a writable /proc/self/clear_refs", "" if ok else "use Linux")
+
+
+def _emulated_clusters() -> Finding:
+    reason = why_not()
+    remedy = f"{reason}. Needs Linux, iproute2, and either root with CAP_SYS_ADMIN or user namespaces"
+    purpose = "network namespaces, veth, bridge and tbf for testbed=emulated"
+    return Finding("emulated clusters", reason is None, purpose, remedy if reason else "")
 
 
 def _implementation(name: str) -> Finding:

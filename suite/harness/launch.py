@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from suite.config import Config
+from suite.config import Config, load
 from suite.errors import unknown
 from suite.impls import registry
-from suite.testbeds.local import LocalTestbed, stay_forkable
+from suite.testbeds.emulated import EmulatedTestbed
+from suite.testbeds.forked import stay_forkable
+from suite.testbeds.local import LocalTestbed
 from suite.testbeds.testbed import RankContext, Ranks, Testbed
 from suite.workloads import data, models
+from suite.workloads.scale_model import Host, ScaleModel, scale_model
 
-TESTBEDS = ("local",)
+TESTBEDS = ("local", "emulated")
 
 
 def testbed_of(config: Config) -> Testbed:
     """The configured testbed. Raises UsageError for a name that does not exist."""
     if config.testbed.name not in TESTBEDS:
         raise unknown("testbed", config.testbed.name, TESTBEDS)
-    return LocalTestbed(config.world_size, config.ranks_per_node)
+    scale = scale_of(config)
+    if scale is None:
+        return LocalTestbed(config.world_size, config.ranks_per_node)
+    nodes = config.world_size // config.ranks_per_node
+    return EmulatedTestbed(nodes, config.ranks_per_node, scale.link_bits_per_s)
+
+
+def scale_of(config: Config) -> ScaleModel | None:
+    """How the configured testbed relates to the real cluster; None where it is the real thing."""
+    workload, train, cluster = config.workload, config.train, config.cluster
+    if config.testbed.name != "emulated":
+        return None
+    assert cluster is not None and workload.scale_of is not None, "load() refuses to emulate nothing"
+    real = load([f"workload={workload.scale_of}"]).workload.model
+    host = Host(config.world_size // config.ranks_per_node, config.world_size, os.cpu_count() or 1)
+    return scale_model(workload.model, real, cluster, train, host, config.testbed.dilation)
 
 
 def prepare(config: Config) -> None:
@@ -30,12 +49,12 @@ def prepare(config: Config) -> None:
     Raises UsageError; nothing has been started or written into the results by then.
     """
     stay_forkable()
-    testbed_of(config)
+    testbed = testbed_of(config)
     registry.parse_options(config.impl.name, config.impl.options, config.world_size, config.ranks_per_node)
     registry.require_precision(config.impl.name, config.train.precision)
     data.prepare(config.workload, config.global_batch)
     models.preload(config.workload.model)
-    registry.preload(config.impl.name)
+    registry.preload(config.impl.name, testbed.device_type)
 
 
 def launch(config: Config, program: Callable[[Config, RankContext], Any]) -> AbstractContextManager[Ranks]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from statistics import mean, median
 
 from suite.config import Config
 from suite.errors import SuiteError
 from suite.harness import traffic
 from suite.harness.environment import environment
-from suite.harness.launch import launch, prepare, testbed_of
+from suite.harness.launch import launch, prepare, scale_of, testbed_of
 from suite.harness.noise import Noise, noise_between, read_cpu
 from suite.harness.worker import Resources, StepMeasurement, Worker
 from suite.records import Record, Spread
@@ -21,6 +22,7 @@ from suite.workloads.models import n_params
 
 MAX_ATTEMPTS = 3
 NOISE_WARNING = "noisy: something else used the machine during all attempts"
+BUSY_WARNING = "noisy: this host's own processors were too busy to emulate; raise testbed.dilation"
 
 Say = Callable[[str], None]
 """Receives what is being done, for a progress display."""
@@ -58,8 +60,17 @@ class Team:
         self.before = self.resources()
 
     def step_times(self) -> list[float]:
-        """Seconds per timed step: that of its slowest rank."""
+        """Host seconds per timed step: that of its slowest rank."""
         return [max(rank.seconds for rank in step) for step in self.steps[self.timed_from :]]
+
+    def waiting(self) -> float | None:
+        """Host seconds per step in which a rank's training thread waited for messages: mean over the
+        ranks, median over the timed steps. None where no blocks are paced: there it is not known."""
+        waits = [
+            [rank.seconds - rank.computing_s for rank in step if rank.computing_s is not None]
+            for step in self.steps[self.timed_from :]
+        ]
+        return median(map(mean, waits)) if all(waits) else None
 
 
 def measure(cohort: Sequence[Config], say: Say = lambda _: None) -> list[Record | Failure]:
@@ -93,7 +104,10 @@ def measure(cohort: Sequence[Config], say: Say = lambda _: None) -> list[Record 
 
 
 def _require_comparable(cohort: Sequence[Config]) -> None:
-    shared = {(str(config.workload), str(config.train), str(config.testbed)) for config in cohort}
+    shared = {
+        (str(config.workload), str(config.train), str(config.testbed), str(config.cluster))
+        for config in cohort
+    }
     if len(shared) != 1:
         raise ValueError("the configurations of a cohort may differ in their implementation only")
 
@@ -113,6 +127,8 @@ def _timed(teams: list[Team], failures: list[Failure], attempt: int, say: Say) -
         say(f"timing step {number}/{rounds}{again}")
         teams = _turn(teams, failures, Team.step)
     noise = noise_between(before, read_cpu(_pids(teams)), attempt)
+    if teams:
+        noise = replace(noise, busy_limit=testbed_of(teams[0].config).busy_limit)
     for team in teams:
         team.after = team.resources()
     return teams, noise
@@ -135,14 +151,15 @@ def _pids(teams: Iterable[Team]) -> list[int]:
 
 
 def _record(team: Team, noise: Noise, started_at: str) -> Record:
-    config, times = team.config, team.step_times()
+    config, scale = team.config, scale_of(team.config)
     train, model = config.train, config.workload.model
+    dilation = 1.0 if scale is None else scale.dilation
+    waiting = team.waiting()
+    times = [seconds / dilation for seconds in team.step_times()]
     spread = Spread.of(times)
     samples = config.global_batch
-
-    def teraflops(operations: float) -> float:
-        return operations / spread.median / config.world_size / 1e12
-
+    work = _own_work(config) if scale is None else (scale.model_flops, scale.hardware_flops)
+    model_tflops, hardware_tflops = (operations / spread.median / 1e12 for operations in work)
     before, after = (
         traffic.matrix([item.connections for item in reading]) for reading in (team.before, team.after)
     )
@@ -165,14 +182,12 @@ def _record(team: Team, noise: Noise, started_at: str) -> Record:
         step_time_s=spread,
         step_times_s=times,
         samples_per_s=samples / spread.median,
-        model_tflops_per_gpu=teraflops(flops.model_flops(model, samples)),
-        hardware_tflops_per_gpu=teraflops(
-            flops.hardware_flops(model, samples, train.activation_checkpointing)
-        ),
+        model_tflops_per_gpu=model_tflops,
+        hardware_tflops_per_gpu=hardware_tflops,
         peak_memory_bytes=max(item.peak_memory_bytes for item in team.after),
         inter_node_bytes_per_node=round(between / train.steps) if tcp else None,
         bytes_sent_per_rank=round(traffic.per_rank(before, after) / train.steps) if tcp else None,
-        exposed_comm_s=None,
+        exposed_comm_s=None if waiting is None else waiting / dilation,
         losses=[step[0].loss for step in team.steps],
         grad_norms=[step[0].grad_norm for step in team.steps],
         noise=noise.to_dict(),
@@ -181,12 +196,22 @@ def _record(team: Team, noise: Noise, started_at: str) -> Record:
         config_hash=config.hash(),
         started_at=started_at,
         cohort=f"{started_at}/{config.workload.name}",
-        notes=[
-            *team.ranks.call("notes", timeout_s=config.testbed.timeout_s)[0],
-            *([NOISE_WARNING] if noise.noisy else []),
-        ],
-        details=_details(team),
+        notes=[*team.ranks.call("notes", timeout_s=config.testbed.timeout_s)[0], *_warnings(noise)],
+        details=_details(team) | ({} if scale is None else scale.details()),
     )
+
+
+def _own_work(config: Config) -> tuple[float, float]:
+    """(model FLOPs, hardware FLOPs) per step and rank of the configured model itself."""
+    train, model, samples = config.train, config.workload.model, config.global_batch
+    hardware = flops.hardware_flops(model, samples, train.activation_checkpointing)
+    return flops.model_flops(model, samples) / config.world_size, hardware / config.world_size
+
+
+def _warnings(noise: Noise) -> list[str]:
+    if noise.disturbed:
+        return [NOISE_WARNING]
+    return [BUSY_WARNING] if noise.too_busy else []
 
 
 def _details(team: Team) -> dict[str, float]:

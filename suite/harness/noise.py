@@ -20,7 +20,9 @@ class Noise:
     """Shares of the machine's cores over one measurement, each 0..1.
 
     `others` is what processes that are not ours used, `steal` what the hypervisor took, `ours` what
-    we used ourselves. `attempts` counts the tries that it took.
+    we used ourselves, `interrupts` what the kernel did in them (network packets, mostly). `attempts`
+    counts the tries that it took. `busy_limit` bounds the sum of all of them where only a machine with
+    time to spare gives a valid measurement.
     """
 
     others: float
@@ -28,10 +30,22 @@ class Noise:
     ours: float
     limit: float
     attempts: int
+    interrupts: float = 0.0
+    busy_limit: float | None = None
+
+    @property
+    def disturbed(self) -> bool:
+        """By others."""
+        return self.others + self.steal > self.limit
+
+    @property
+    def too_busy(self) -> bool:
+        busy = self.others + self.steal + self.ours + self.interrupts
+        return self.busy_limit is not None and busy > self.busy_limit
 
     @property
     def noisy(self) -> bool:
-        return self.others + self.steal > self.limit
+        return self.disturbed or self.too_busy
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "noisy": self.noisy}
@@ -45,19 +59,21 @@ class CpuReading:
     busy_s: float
     steal_s: float
     ours_s: float
+    interrupts_s: float = 0.0
 
 
 def read_cpu(pids: Iterable[int]) -> CpuReading:
     """One reading; `pids` and this process are ours, children that they waited for included."""
     with open("/proc/stat") as file:
-        user, nice, system, _, _, _, _, steal = map(int, file.readline().split()[1:9])
-    # Interrupt time is left out: loopback traffic is handled there and charged to nobody.
+        user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])
+    # Interrupt time is kept apart: loopback traffic is handled there and charged to nobody.
     ours = sum(_process_ticks(pid) for pid in {*pids, os.getpid()})
     return CpuReading(
         time.monotonic(),
         (user + nice + system) / _TICKS_PER_S,
         steal / _TICKS_PER_S,
         ours / _TICKS_PER_S,
+        (irq + softirq) / _TICKS_PER_S,
     )
 
 
@@ -66,7 +82,9 @@ def noise_between(before: CpuReading, after: CpuReading, attempts: int, limit: f
     capacity = max(after.at_s - before.at_s, 1e-9) * (os.cpu_count() or 1)
     ours = (after.ours_s - before.ours_s) / capacity
     others = max(0.0, (after.busy_s - before.busy_s) / capacity - ours)
-    return Noise(others, (after.steal_s - before.steal_s) / capacity, ours, limit, attempts)
+    steal = (after.steal_s - before.steal_s) / capacity
+    interrupts = (after.interrupts_s - before.interrupts_s) / capacity
+    return Noise(others, steal, ours, limit, attempts, interrupts)
 
 
 def _process_ticks(pid: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from suite.config import Config, load
+from suite.config import SHORT_KEYS, Config, load
 from suite.errors import SuiteError, UsageError, unknown
 from suite.harness.check import References, check
 from suite.harness.measure import Failure, measure
@@ -104,10 +104,15 @@ def _stage_cohorts(path: Path, stage: Any, overrides: Mapping[str, Any]) -> Iter
         point = dict(zip(grid, values, strict=True))
         cells = []
         for impl in _as_list(stage.get("impls") or []):
-            settings = OmegaConf.create(stage.get("base") or {})
-            for key, value in {**point, **_impl_keys(impl), **overrides}.items():
+            settings = OmegaConf.create({})
+            for key, value in [
+                *(stage.get("base") or {}).items(),
+                *point.items(),
+                *_impl_keys(impl).items(),
+                *overrides.items(),
+            ]:
                 # A preset's name may have been given in short: make room for keys below it.
-                OmegaConf.update(settings, _full_key(key), value, force_add=True)
+                OmegaConf.update(settings, _full_key(key, value), value, force_add=True)
             try:
                 cells.append(load(OmegaConf.to_container(settings)))  # type: ignore[arg-type]
             except UsageError as error:
@@ -122,8 +127,8 @@ def _impl_keys(impl: Any) -> dict[str, Any]:
     return {f"impl.{key}": value for key, value in impl.items()} if isinstance(impl, dict) else {"impl": impl}
 
 
-def _full_key(key: str) -> str:
-    return f"{key}.name" if key in ("impl", "workload", "testbed") else key
+def _full_key(key: str, value: Any) -> str:
+    return f"{key}.name" if key in SHORT_KEYS and not isinstance(value, dict) else key
 
 
 def _as_list(value: Any) -> list[Any]:

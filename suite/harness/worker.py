@@ -6,23 +6,33 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from suite.config import Config, TrainConfig
 from suite.harness import traffic
+from suite.harness.launch import scale_of
 from suite.harness.memory import PeakMemory
 from suite.impls import registry
+from suite.impls.blocks import block_stack
+from suite.impls.trace import Span, Trace
 from suite.impls.trainer import BuildModel, Recipe, Topology, Trainer
 from suite.testbeds.testbed import RankContext
 from suite.workloads.activations import activation_bytes
 from suite.workloads.data import open_stream
 from suite.workloads.models import build_model
+from suite.workloads.pacing import Pacer
 
 
 @dataclass(frozen=True)
 class StepMeasurement:
-    """One step on one rank; `seconds` from a barrier until the loss is known on the host."""
+    """One step on one rank; `seconds` from a barrier until the loss is known on the host.
+
+    `computing_s` is the part of it in which the training thread did not wait for messages: it worked,
+    or spent the modelled time of a paced block. None where nothing is paced.
+    """
 
     seconds: float
+    computing_s: float | None
     loss: float
     grad_norm: float
 
@@ -55,8 +65,22 @@ def model_builder(config: Config) -> BuildModel:
     return lambda: build_model(model, train.seed, train.activation_checkpointing)
 
 
-def build_trainer(config: Config, context: RankContext) -> Trainer:
-    """The configured implementation on this rank."""
+def make_pacer(config: Config, trace: Trace) -> Pacer | None:
+    """What slows this rank's blocks down to the device that the testbed emulates, if it does."""
+    scale = scale_of(config)
+    return None if scale is None else Pacer(scale.block, trace)
+
+
+def build_trainer(config: Config, context: RankContext, pacer: Pacer | None) -> Trainer:
+    """The configured implementation on this rank, training a paced model when there is a pacer."""
+    build = model_builder(config)
+
+    def build_paced() -> nn.Module:
+        model = build()
+        if pacer is not None:
+            pacer.pace(block_stack(model))
+        return model
+
     topology = Topology(context.rank, context.world_size, context.ranks_per_node, context.device)
     activations = None
     if "auto" in config.impl.options.values():  # tracing takes a second, which others need not pay
@@ -69,7 +93,7 @@ def build_trainer(config: Config, context: RankContext) -> Trainer:
         )
     return registry.build(
         config.impl.name,
-        model_builder(config),
+        build_paced,
         recipe_of(config.train, activations),
         topology,
         config.impl.options,
@@ -84,7 +108,10 @@ class Worker:
         self._context = context
         self._memory = PeakMemory(context.device)
         self._stream = open_stream(config.workload, config.train.seed)
-        self._trainer = build_trainer(config, context)
+        self._trace = Trace()
+        self._pacer = make_pacer(config, self._trace)
+        self._trainer = build_trainer(config, context, self._pacer)
+        self._trainer.record_into(self._trace)
         self._step = 0
 
     def step(self) -> StepMeasurement:
@@ -101,16 +128,36 @@ class Worker:
         self._step += 1
         self._context.barrier()
         _synchronize(self._context.device)
+        if self._pacer is not None:
+            self._pacer.start_step()
         start = time.perf_counter()
         result = self._trainer.train_step(batches)
         _synchronize(self._context.device)
-        return StepMeasurement(time.perf_counter() - start, result.loss, result.grad_norm)
+        seconds = time.perf_counter() - start
+        computing_s = None if self._pacer is None else self._pacer.end_step()
+        return StepMeasurement(seconds, computing_s, result.loss, result.grad_norm)
+
+    def traced_step(self) -> list[Span]:
+        """One optimizer step, and what happened in it on this rank."""
+        self._trace.recording = True
+        self.step()
+        self._trace.recording = False
+        return self._trace.spans
 
     def reset_peak_memory(self) -> None:
         self._memory.reset()
 
     def resources(self) -> Resources:
-        return Resources(self._memory.read(), traffic.connections(), self._trainer.details())
+        return Resources(self._memory.read(), traffic.connections(), self._details())
+
+    def _details(self) -> dict[str, float]:
+        if self._pacer is None:
+            return self._trainer.details()
+        paced = {
+            "paced_host_s": self._pacer.modelled_s,
+            "pacing_overshoot_host_s": self._pacer.overshoot_s,
+        }
+        return {**self._trainer.details(), **paced}
 
     def partition_size(self) -> int | None:
         return self._trainer.partition_size

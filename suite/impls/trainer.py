@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from suite.errors import UsageError
+from suite.impls.trace import Trace
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -179,6 +180,9 @@ class Trainer(ABC):
         Raises UsageError where the implementation has none here, or for a damaged one.
         """
         raise UsageError(f"{type(self).__name__} has no checkpoints here; use zero3 or mics")
+
+    def record_into(self, trace: Trace) -> None:  # noqa: B027 (most implementations log nothing)
+        """From now on this implementation adds what it gathers, reduces and waits for to `trace`."""
 
     def details(self) -> dict[str, float]:
         """Figures of the implementation's own, counted up since it was made; units in their names."""

@@ -53,6 +53,13 @@ class Testbed(ABC):
     evidence: str
     """What a number taken here is: `measured`, `emulated` or `projected`."""
 
+    device_type: str | None = None
+    """Of the ranks; None means CUDA where there is a GPU, else the CPU."""
+
+    busy_limit: float | None = None
+    """Share of this machine's cores beyond which times taken here are those of the machine rather
+    than of what is measured; None where the machine is what is measured."""
+
     @abstractmethod
     def launch(self, program: Program, startup_timeout_s: float) -> AbstractContextManager[Ranks]:
         """Starts `program` on every rank; leaving the context ends all of them, whatever happened."""

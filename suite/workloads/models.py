@@ -59,12 +59,18 @@ def n_params(model: ModelConfig) -> int:
     """
     hidden, vocab = model.hidden, model.vocab
     layer_norm = 2 * hidden
-    square = hidden * hidden + hidden
     embeddings = (vocab + _max_positions(model) + _TOKEN_TYPES) * hidden + layer_norm
+    head = hidden * hidden + hidden + layer_norm + vocab
+    return embeddings + model.layers * block_params(model) + head
+
+
+def block_params(model: ModelConfig) -> int:
+    """Exact number of parameters of one transformer block."""
+    hidden = model.hidden
+    attention = 4 * (hidden * hidden + hidden)
     feed_forward = 2 * hidden * model.intermediate + model.intermediate + hidden
-    block = 4 * square + feed_forward + 2 * layer_norm
-    head = square + layer_norm + vocab
-    return embeddings + model.layers * block + head
+    layer_norm = 2 * hidden
+    return attention + feed_forward + 2 * layer_norm
 
 
 _TOKEN_TYPES = 2

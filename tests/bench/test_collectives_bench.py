@@ -16,7 +16,8 @@ import torch.distributed as dist
 from suite.impls.sharded.collectives import Reduction
 from suite.impls.sharded.direct import DirectCollectives
 from suite.impls.sharded.native import NativeCollectives
-from suite.testbeds.local import LocalRanks, LocalTestbed
+from suite.testbeds.local import LocalTestbed
+from suite.testbeds.ranks import LocalRanks
 from suite.testbeds.testbed import RankContext
 
 KINDS: dict[str, type[DirectCollectives | NativeCollectives]] = {
