@@ -9,6 +9,7 @@ from torch import Tensor
 
 from suite.impls.sharded import checkpoint, shard
 from suite.impls.sharded.options import EngineOptions
+from suite.impls.trace import Trace
 from suite.impls.trainer import BuildModel, MicroBatch, Recipe, Topology, Trainer
 
 
@@ -62,11 +63,15 @@ class Zero3(Trainer):
     def _checkpointer(self) -> checkpoint.Checkpointer:
         return checkpoint.Checkpointer(self.engine)
 
+    def record_into(self, trace: Trace) -> None:
+        self.engine.record_into(trace)
+
     def details(self) -> dict[str, float]:
         statistics = self.engine.statistics
         return {
             "deciding_s": statistics.deciding_s,
             "gathered_bytes": float(statistics.gathered_bytes),
+            "expected_inter_node_bytes": self.engine.expected_inter_node_bytes,
             "skipped_steps": float(statistics.skipped_steps),
         }
 

@@ -24,6 +24,7 @@ from suite.impls.sharded.options import EngineOptions
 from suite.impls.sharded.schedule import Action, Event, Op, Phase, Scheduler
 from suite.impls.sharded.two_hop import TwoHop
 from suite.impls.sharded.units import Bucket, Slot, Unit, build_arenas, build_units, take_over
+from suite.impls.trace import Kind, Trace
 
 
 @dataclass
@@ -35,6 +36,8 @@ class Statistics:
     """Steps that fp16 overflowed in."""
     gathered_bytes: int = 0
     """Full sizes of all gathered buffers."""
+    expected_inter_node_bytes: float = 0.0
+    """What the topology says that gathers have had a node send to others."""
     peak_gathered_bytes: int = 0
     """Most that gathered buffers have taken at a time."""
     deciding_s: float = 0.0
@@ -65,6 +68,7 @@ class Engine:
         self.optimizer = optimizer
         self.device = device
         self.statistics = Statistics()
+        self._trace = Trace()
         self.loss_scale = arena_optimizer.LossScale() if dtype is torch.float16 else None
         self.skipped = False
         """Whether the last step left the parameters alone, because fp16 had overflowed."""
@@ -73,11 +77,12 @@ class Engine:
         self._clip = clip
         self._parts = groups.replication.size if options.optimizer_sharding == "world" else 1
         self.units = self._partition(unit_modules, dtype, device, initialize)
-        self._two_hop = TwoHop(groups, options, dtype)
+        self._two_hop = TwoHop(groups, options, dtype, self._trace)
         unit_bytes = [unit.nbytes for unit in self.units]
         resident = [unit.index for unit in self.units if all(b.resident for b in unit.buckets)]
         self.scheduler = Scheduler(unit_bytes, options.limits, options.cached_schedule, resident)
         self._gathers: dict[int, list[Handle]] = {}
+        self._gathered_since: dict[int, float] = {}
         self._gathered_bytes = 0
         self._refresh: Handle | None = None
         """The owners' new weights on their way to the replicas."""
@@ -175,6 +180,7 @@ class Engine:
         self._arenas.refresh_compute()
         if self._parts > 1:
             buckets = list(self._buckets())
+            self._two_hop.expect_refresh(buckets)
             self._refresh = self._groups.replication.all_gather(
                 [bucket.compute for bucket in buckets], [bucket.owned_compute for bucket in buckets]
             )
@@ -198,6 +204,16 @@ class Engine:
             assert bucket.owned_gradient is not None
             for name, gradient in self._whole(bucket, bucket.owned_gradient):
                 yield name, gradient / scale
+
+    def record_into(self, trace: Trace) -> None:
+        """From now on what is gathered, reduced and waited for is added to `trace`."""
+        self._trace = self._two_hop.trace = trace
+
+    @property
+    def expected_inter_node_bytes(self) -> float:
+        """What the topology says that a node has had to send to others: to be held against what was
+        counted on its connections."""
+        return self.statistics.expected_inter_node_bytes + self._two_hop.expected_inter_node_bytes
 
     def close(self) -> None:
         """Removes the hooks. The model's parameters stay without memory."""
@@ -322,6 +338,9 @@ class Engine:
                 bucket.full.fill_(torch.nan)
             self._gathered_bytes += bucket.nbytes
             self.statistics.gathered_bytes += bucket.nbytes
+            self.statistics.expected_inter_node_bytes += self._groups.topology.gather_inter_node_bytes(
+                bucket.nbytes
+            )
         self.statistics.peak_gathered_bytes = max(self.statistics.peak_gathered_bytes, self._gathered_bytes)
         calls = [buckets] if self._options.coalesced else [[bucket] for bucket in buckets]
         handles = []
@@ -332,12 +351,16 @@ class Engine:
             handles.append(handle)
         for unit in missing:
             self._gathers[unit.index] = handles
+            self._gathered_since[unit.index] = self._trace.now()
 
     def _wait(self, units: Sequence[Unit]) -> None:
         self._gather([unit for unit in units if not self._present(unit)])
         for unit in units:
-            for handle in self._gathers.get(unit.index, ()):
-                handle.wait()
+            if self._gathers[unit.index]:
+                with self._trace.span(Kind.WAIT, f"gather {unit.name}"):
+                    for handle in self._gathers[unit.index]:
+                        handle.wait()
+                self._trace.add(Kind.GATHER, unit.name, self._gathered_since[unit.index])
             self._gathers[unit.index] = []
 
     def _release(self, unit: Unit) -> None:
@@ -363,7 +386,7 @@ class Engine:
     def _reduce(self, unit: Unit) -> None:
         trainable = [bucket for bucket in unit.buckets if bucket.trainable]
         if trainable:
-            self._two_hop.reduce(trainable, self._last)
+            self._two_hop.reduce(trainable, self._last, unit.name)
 
     # --- helpers
 

@@ -29,6 +29,7 @@ class Groups:
     gradients up across the replicas (hop 2).
     """
 
+    topology: PartitionTopology
     partition: Collectives
     replication: Collectives
 
@@ -48,7 +49,7 @@ def make_groups(topology: PartitionTopology, options: EngineOptions, device: tor
     kind = _flat_kind(
         options, device, ring=topology.partition_size < topology.ranks_per_node < topology.world_size
     )
-    return Groups(partition, _flat(topology.replication_groups(), dist.get_rank(), kind))
+    return Groups(topology, partition, _flat(topology.replication_groups(), dist.get_rank(), kind))
 
 
 def make_partition(

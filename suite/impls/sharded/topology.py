@@ -84,3 +84,31 @@ class PartitionTopology:
     def replication_groups(self) -> list[list[int]]:
         """All replication groups, each in rank order."""
         return [self.replication_group(rank) for rank in range(self.partition_size)]
+
+    # --- bytes that leave a node, by which methods differ on a slow network
+
+    def gather_inter_node_bytes(self, nbytes: float) -> float:
+        """Per node, for one all-gather (or reduce-scatter) of a full buffer of `nbytes` in every
+        partition group: (p - k) / p of it when hierarchical, (p - 1) / p in a flat ring (S2). Where
+        groups do not fill whole nodes, the ring's edges that cross are counted."""
+        shard = nbytes / self.partition_size
+        if self.hierarchical:
+            return shard * (self.partition_size - self.ranks_per_node)
+        nodes = self.world_size // self.ranks_per_node
+        crossing = sum(self._crossing_edges(sorted(group)) for group in self.partition_groups())
+        return shard * (self.partition_size - 1) * crossing / nodes
+
+    def hop2_inter_node_bytes(self, nbytes: float) -> float:
+        """Per node, for adding up the shards of a full buffer of `nbytes` over the replicas: an
+        all-reduce in a ring, 2 (r - 1) / r of each shard over every edge that crosses."""
+        nodes = self.world_size // self.ranks_per_node
+        shard = nbytes / self.partition_size
+        crossing = sum(self._crossing_edges(group) for group in self.replication_groups())
+        return 2 * shard * (self.replicas - 1) / self.replicas * crossing / nodes
+
+    def _crossing_edges(self, ring: list[int]) -> int:
+        """Neighbours in a ring of ranks that are on different nodes."""
+        following = [*ring[1:], ring[0]]
+        return sum(
+            a // self.ranks_per_node != b // self.ranks_per_node for a, b in zip(ring, following, strict=True)
+        )

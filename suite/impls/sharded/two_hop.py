@@ -18,9 +18,20 @@ from suite.impls.sharded.collectives import Handle, Piece, Reduction, flatten, j
 from suite.impls.sharded.groups import Groups
 from suite.impls.sharded.options import EngineOptions
 from suite.impls.sharded.units import Bucket
+from suite.impls.trace import Kind, Trace
 
 REDUCTIONS_IN_FLIGHT = 2
 """How many units' gradients may be on their way: one being sent while the next is computed."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Gradients of one unit on a hop."""
+
+    name: str
+    since: float
+    handle: Handle
+    addends: list[Addend]
 
 
 @dataclass
@@ -48,22 +59,28 @@ class TwoHop:
     hop 2 of its own, what never had one gets it in `finish`.
     """
 
-    def __init__(self, groups: Groups, options: EngineOptions, wire: torch.dtype) -> None:
+    def __init__(self, groups: Groups, options: EngineOptions, wire: torch.dtype, trace: Trace) -> None:
         self._groups = groups
         self._options = options
         self._wire = wire
-        self._hop1: deque[tuple[Handle, list[Addend]]] = deque()
-        self._hop2: deque[tuple[Handle, list[Addend]]] = deque()
+        self.trace = trace
+        self._hop1: deque[Sent] = deque()
+        self._hop2: deque[Sent] = deque()
+        self.expected_inter_node_bytes = 0.0
+        """What the topology says that gradients have had a node send to others."""
 
-    def reduce(self, buckets: Sequence[Bucket], last: bool) -> None:
-        """Takes the gradients out of these buckets' parameters and sends them on hop 1."""
+    def reduce(self, buckets: Sequence[Bucket], last: bool, name: str) -> None:
+        """Takes the gradients out of these buckets' parameters and sends them on hop 1; `name` is for
+        the trace."""
         calls = [list(buckets)] if self._options.coalesced else [[bucket] for bucket in buckets]
         for call in calls:
             reductions, addends = zip(*(self._take(bucket, last) for bucket in call), strict=True)
             handle = self._groups.partition.reduce_scatter(reductions)
             if not self._options.fine_grained_sync:
                 handle.wait()
-            self._hop1.append((handle, list(addends)))
+            self._hop1.append(Sent(name, self.trace.now(), handle, list(addends)))
+            for bucket in call:
+                self.expected_inter_node_bytes += self._groups.topology.gather_inter_node_bytes(bucket.nbytes)
         while len(self._hop1) > REDUCTIONS_IN_FLIGHT * max(1, len(calls)):
             self._settle_hop1()
 
@@ -76,7 +93,7 @@ class TwoHop:
             self._settle_hop1()
         replicated = self._groups.replication.size > 1
         missing = [b for b in buckets if replicated and b.has_gradient and not b.synchronized]
-        self._start_hop2([Addend(bucket, _gradient(bucket), hop2=True) for bucket in missing])
+        self._start_hop2([Addend(bucket, _gradient(bucket), hop2=True) for bucket in missing], "rest")
         for bucket in missing:
             bucket.synchronized = True
         while self._hop2:
@@ -115,15 +132,31 @@ class TwoHop:
         return [(0, flatten(pieces, bucket.numel, bucket.full))]
 
     def _settle_hop1(self) -> None:
-        handle, addends = self._hop1.popleft()
-        handle.wait()
-        self._start_hop2([item for item in addends if item.hop2])
+        sent = self._arrived(self._hop1, "reduce")
+        self._start_hop2([item for item in sent.addends if item.hop2], sent.name)
 
-    def _start_hop2(self, addends: list[Addend]) -> None:
+    def _arrived(self, hop: deque[Sent], what: str) -> Sent:
+        """The oldest on that hop, waited for."""
+        sent = hop.popleft()
+        with self.trace.span(Kind.WAIT, f"{what} {sent.name}"):
+            sent.handle.wait()
+        self.trace.add(Kind.REDUCE, f"{what} {sent.name}", sent.since)
+        return sent
+
+    def expect_refresh(self, buckets: Sequence[Bucket]) -> None:
+        """The owners' new weights are about to go to the replicas: the other half of an all-reduce."""
+        volume = sum(bucket.nbytes for bucket in buckets)
+        self.expected_inter_node_bytes += self._groups.topology.hop2_inter_node_bytes(volume) / 2
+
+    def _start_hop2(self, addends: list[Addend], name: str) -> None:
         """To the owners: all of the group where it owns alike, else one part each."""
         if not addends:
             return
-        if self._options.optimizer_sharding == "world":
+        world = self._options.optimizer_sharding == "world"
+        volume = sum(item.bucket.nbytes for item in addends)
+        share = self._groups.topology.hop2_inter_node_bytes(volume)
+        self.expected_inter_node_bytes += share / 2 if world else share
+        if world:
             handle = self._groups.replication.reduce_scatter(
                 [
                     Reduction(_owned(item.bucket), [(0, item.shard.to(self._wire))], item.aside)
@@ -134,13 +167,12 @@ class TwoHop:
             handle = self._groups.replication.all_reduce([item.shard for item in addends], self._wire)
         if not self._options.fine_grained_sync:
             handle.wait()
-        self._hop2.append((handle, addends))
+        self._hop2.append(Sent(name, self.trace.now(), handle, addends))
 
     def _settle_hop2(self) -> None:
-        handle, addends = self._hop2.popleft()
-        handle.wait()
+        sent = self._arrived(self._hop2, "hop 2")
         if self._options.optimizer_sharding != "world":
-            for item in addends:
+            for item in sent.addends:
                 if item.aside:
                     _gradient(item.bucket).add_(item.shard)
 
