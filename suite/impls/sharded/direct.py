@@ -8,13 +8,13 @@ where autograd left it (S1 names such group-batched collectives as future work).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from suite.impls.sharded.chain import Courier
 from suite.impls.sharded.collectives import (
     Collectives,
     Handle,
@@ -24,33 +24,6 @@ from suite.impls.sharded.collectives import (
     overlap,
     write_own,
 )
-
-
-class Courier:
-    """A thread that goes on with a collective whose later messages depend on earlier ones.
-
-    Without it the later stage would start only when the compute comes to wait for it. Jobs run one
-    after the other, in the order in which all ranks submit them, so they cannot wait in a circle.
-    """
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "courier")
-
-    def run(self, job: Callable[[], Sequence[Transfer]]) -> Transfer:
-        """Runs `job`; what is returned waits for it and then for the transfers that it leaves."""
-        return _Errand(self._thread.submit(job))
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
-
-class _Errand:
-    def __init__(self, future: Future[Sequence[Transfer]]) -> None:
-        self._future = future
-
-    def wait(self) -> None:
-        for transfer in self._future.result():
-            transfer.wait()
 
 
 class DirectCollectives(Collectives):

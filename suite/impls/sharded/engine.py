@@ -77,7 +77,7 @@ class Engine:
         self._clip = clip
         self._parts = groups.replication.size if options.optimizer_sharding == "world" else 1
         self.units = self._partition(unit_modules, dtype, device, initialize)
-        self._two_hop = TwoHop(groups, options, dtype, self._trace)
+        self._two_hop = TwoHop(groups, options, dtype, device, self._trace)
         unit_bytes = [unit.nbytes for unit in self.units]
         resident = [unit.index for unit in self.units if all(b.resident for b in unit.buckets)]
         self.scheduler = Scheduler(unit_bytes, options.limits, options.cached_schedule, resident)
@@ -219,6 +219,7 @@ class Engine:
         """Removes the hooks. The model's parameters stay without memory."""
         for hook in self._hooks:
             hook.remove()
+        self._two_hop.close()
         self._groups.close()
 
     # --- hooks: from the model to events

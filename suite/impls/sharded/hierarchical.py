@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from suite.impls.sharded.chain import Courier
 from suite.impls.sharded.collectives import Handle, Reduction, Transfer, overlap
-from suite.impls.sharded.direct import Courier, DirectCollectives, add_covered, wire_dtype
+from suite.impls.sharded.direct import DirectCollectives, add_covered, wire_dtype
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from suite.impls.sharded.chain import make_chain
 from suite.impls.sharded.collectives import Collectives, Handle, Reduction, Transfer, flatten
-from suite.impls.sharded.direct import Courier
 
 
 class NativeCollectives(Collectives):
@@ -106,7 +106,7 @@ class NativeHierarchicalCollectives(Collectives):
         super().__init__(local_rank * nodes + across.rank(), nodes * local_size)
         self._across, self._inside = across, inside
         self._local_rank, self._local_size = local_rank, local_size
-        self._chain: SideStream | Courier = Courier() if device.type == "cpu" else SideStream(device)
+        self._chain = make_chain(device)
 
     def close(self) -> None:
         self._chain.close()
@@ -142,29 +142,3 @@ class NativeHierarchicalCollectives(Collectives):
 
     def all_reduce(self, tensors: Sequence[Tensor], wire: torch.dtype) -> Handle:
         raise NotImplementedError("replication groups are flat")
-
-
-class SideStream:
-    """On an accelerator a chain of collectives is queued on a stream of its own: its later stage
-    then waits for the earlier one without holding up the compute or the host."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.Stream(device)
-
-    def run(self, job: Callable[[], Sequence[Transfer]]) -> Transfer:
-        self._stream.wait_stream(torch.accelerator.current_stream())
-        with self._stream:
-            for work in job():
-                work.wait()
-        return _StreamWork(self._stream.record_event())
-
-    def close(self) -> None:
-        """A stream holds nothing."""
-
-
-class _StreamWork:
-    def __init__(self, event: torch.Event) -> None:
-        self._event = event
-
-    def wait(self) -> None:
-        torch.accelerator.current_stream().wait_event(self._event)

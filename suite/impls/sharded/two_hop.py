@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from suite.impls.sharded.collectives import Handle, Piece, Reduction, flatten, join_small
+from suite.impls.sharded.chain import Errand, make_chain
+from suite.impls.sharded.collectives import Handle, Piece, Reduction, Transfer, flatten, join_small
 from suite.impls.sharded.groups import Groups
 from suite.impls.sharded.options import EngineOptions
 from suite.impls.sharded.units import Bucket
@@ -26,12 +27,18 @@ REDUCTIONS_IN_FLIGHT = 2
 
 @dataclass(frozen=True)
 class Sent:
-    """Gradients of one unit on a hop."""
+    """Gradients of one unit on their way, by hop 1 or by both."""
 
     name: str
     since: float
-    handle: Handle
+    transfer: Transfer
     addends: list[Addend]
+
+    def wait_hop1(self) -> None:
+        if isinstance(self.transfer, Errand):
+            self.transfer.wait_stages()
+        else:
+            self.transfer.wait()
 
 
 @dataclass
@@ -59,13 +66,23 @@ class TwoHop:
     hop 2 of its own, what never had one gets it in `finish`.
     """
 
-    def __init__(self, groups: Groups, options: EngineOptions, wire: torch.dtype, trace: Trace) -> None:
+    def __init__(
+        self,
+        groups: Groups,
+        options: EngineOptions,
+        wire: torch.dtype,
+        device: torch.device,
+        trace: Trace,
+    ) -> None:
         self._groups = groups
         self._options = options
         self._wire = wire
         self.trace = trace
+        self._chain = make_chain(device)
         self._hop1: deque[Sent] = deque()
-        self._hop2: deque[Sent] = deque()
+        """Whose gradients may still be held by hop 1."""
+        self._sent: deque[Sent] = deque()
+        """Of this step, in order."""
         self.expected_inter_node_bytes = 0.0
         """What the topology says that gradients have had a node send to others."""
 
@@ -76,28 +93,27 @@ class TwoHop:
         for call in calls:
             reductions, addends = zip(*(self._take(bucket, last) for bucket in call), strict=True)
             handle = self._groups.partition.reduce_scatter(reductions)
-            if not self._options.fine_grained_sync:
-                handle.wait()
-            self._hop1.append(Sent(name, self.trace.now(), handle, list(addends)))
             for bucket in call:
                 self.expected_inter_node_bytes += self._groups.topology.gather_inter_node_bytes(bucket.nbytes)
+            self._send_on(handle, list(addends), name)
         while len(self._hop1) > REDUCTIONS_IN_FLIGHT * max(1, len(calls)):
-            self._settle_hop1()
+            with self.trace.span(Kind.WAIT, f"reduce {self._hop1[0].name}"):
+                self._hop1.popleft().wait_hop1()
 
     def finish(self, buckets: Sequence[Bucket]) -> None:
         """Waits until the gradients of all these (trainable) buckets are complete sums over the world.
 
         What no micro-step of this step has written is zero then, not the last step's.
         """
-        while self._hop1:
-            self._settle_hop1()
+        self._settle()
         replicated = self._groups.replication.size > 1
         missing = [b for b in buckets if replicated and b.has_gradient and not b.synchronized]
-        self._start_hop2([Addend(bucket, _gradient(bucket), hop2=True) for bucket in missing], "rest")
         for bucket in missing:
             bucket.synchronized = True
-        while self._hop2:
-            self._settle_hop2()
+        self._send_on(
+            Handle(()), [Addend(bucket, _gradient(bucket), hop2=True) for bucket in missing], "rest"
+        )
+        self._settle()
         for bucket in buckets:
             if not bucket.has_gradient and bucket.owned_gradient is not None:
                 bucket.owned_gradient.zero_()
@@ -131,50 +147,60 @@ class TwoHop:
             return join_small(pieces)
         return [(0, flatten(pieces, bucket.numel, bucket.full))]
 
-    def _settle_hop1(self) -> None:
-        sent = self._arrived(self._hop1, "reduce")
-        self._start_hop2([item for item in sent.addends if item.hop2], sent.name)
-
-    def _arrived(self, hop: deque[Sent], what: str) -> Sent:
-        """The oldest on that hop, waited for."""
-        sent = hop.popleft()
-        with self.trace.span(Kind.WAIT, f"{what} {sent.name}"):
-            sent.handle.wait()
-        self.trace.add(Kind.REDUCE, f"{what} {sent.name}", sent.since)
-        return sent
-
     def expect_refresh(self, buckets: Sequence[Bucket]) -> None:
         """The owners' new weights are about to go to the replicas: the other half of an all-reduce."""
         volume = sum(bucket.nbytes for bucket in buckets)
         self.expected_inter_node_bytes += self._groups.topology.hop2_inter_node_bytes(volume) / 2
 
-    def _start_hop2(self, addends: list[Addend], name: str) -> None:
+    def _send_on(self, hop1: Handle, addends: list[Addend], name: str) -> None:
+        """Hop 2 follows hop 1 without the compute having to come by."""
+        going_on = [item for item in addends if item.hop2]
+        since = self.trace.now()
+        transfer: Transfer = hop1
+        if going_on:
+            self._expect_hop2(going_on)
+
+            def job() -> Sequence[Transfer]:
+                hop1.wait()
+                return [self._start_hop2(going_on)]
+
+            transfer = self._chain.run(job)
+        if not self._options.fine_grained_sync:
+            transfer.wait()
+        sent = Sent(name, since, transfer, addends)
+        self._hop1.append(sent)
+        self._sent.append(sent)
+
+    def _start_hop2(self, addends: list[Addend]) -> Handle:
         """To the owners: all of the group where it owns alike, else one part each."""
-        if not addends:
-            return
-        world = self._options.optimizer_sharding == "world"
-        volume = sum(item.bucket.nbytes for item in addends)
-        share = self._groups.topology.hop2_inter_node_bytes(volume)
-        self.expected_inter_node_bytes += share / 2 if world else share
-        if world:
-            handle = self._groups.replication.reduce_scatter(
+        if self._options.optimizer_sharding == "world":
+            return self._groups.replication.reduce_scatter(
                 [
                     Reduction(_owned(item.bucket), [(0, item.shard.to(self._wire))], item.aside)
                     for item in addends
                 ]
             )
-        else:
-            handle = self._groups.replication.all_reduce([item.shard for item in addends], self._wire)
-        if not self._options.fine_grained_sync:
-            handle.wait()
-        self._hop2.append(Sent(name, self.trace.now(), handle, addends))
+        return self._groups.replication.all_reduce([item.shard for item in addends], self._wire)
 
-    def _settle_hop2(self) -> None:
-        sent = self._arrived(self._hop2, "hop 2")
-        if self._options.optimizer_sharding != "world":
-            for item in sent.addends:
-                if item.aside:
-                    _gradient(item.bucket).add_(item.shard)
+    def _expect_hop2(self, addends: list[Addend]) -> None:
+        share = self._groups.topology.hop2_inter_node_bytes(sum(item.bucket.nbytes for item in addends))
+        self.expected_inter_node_bytes += share / 2 if self._options.optimizer_sharding == "world" else share
+
+    def _settle(self) -> None:
+        """Waits for everything that has been sent, and adds what was set aside."""
+        self._hop1.clear()
+        while self._sent:
+            sent = self._sent.popleft()
+            with self.trace.span(Kind.WAIT, f"reduce {sent.name}"):
+                sent.transfer.wait()
+            self.trace.add(Kind.REDUCE, sent.name, sent.since)
+            if self._options.optimizer_sharding != "world":
+                for item in sent.addends:
+                    if item.aside:
+                        _gradient(item.bucket).add_(item.shard)
+
+    def close(self) -> None:
+        self._chain.close()
 
 
 def _gradient(bucket: Bucket) -> Tensor:
