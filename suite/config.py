@@ -175,7 +175,8 @@ def load(overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
     """The configuration for a dotlist (`["impl=ddp", "train.steps=3"]`) or a nested mapping.
 
     `impl=NAME` and `testbed=NAME` are short for `impl.name=NAME` and `testbed.name=NAME`;
-    `workload=NAME` and `cluster=NAME` load that preset. Raises UsageError for an unknown key, preset or value.
+    `workload=NAME` and `cluster=NAME` load that preset. Raises UsageError for an unknown key, preset
+    or value.
     """
     given = _given(overrides)
     for key in SHORT_KEYS:

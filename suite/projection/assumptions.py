@@ -6,9 +6,11 @@ They live in `configs/projection.yaml` alone. `suite project --calibrate` fits t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -72,3 +74,15 @@ def _entry(name: str, given: Mapping[str, Any]) -> Assumption:
         " ".join(given["meaning"].split()),
         bool(given.get("fitted", False)),
     )
+
+
+def keep(assumptions: Assumptions, file: Path = FILE) -> None:
+    """Writes the fitted values into the file, leaving its comments and everything else as they are."""
+    name, lines = "", []
+    for line in file.read_text().splitlines():
+        heading = re.fullmatch(r"  ([\w.-]+):", line)
+        name = heading.group(1) if heading else name
+        if line.startswith("    value:") and assumptions.entries[name].fitted:
+            line = f"    value: {assumptions.entries[name].value:.4g}"
+        lines.append(line)
+    file.write_text("\n".join(lines) + "\n")

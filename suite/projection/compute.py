@@ -44,9 +44,9 @@ def compute_costs(model: ModelConfig, micro_batch: int, hardware: Hardware, give
         + _attention(model, micro_batch, hardware)
     )
     wide = model.intermediate / model.hidden
-    touched = (
-        given.value("hidden_passes") + given.value("wide_passes") * wide
-    ) * hidden_bytes + given.value("score_passes") * score_bytes
+    touched = (given.value("hidden_passes") + given.value("wide_passes") * wide) * hidden_bytes + given.value(
+        "score_passes"
+    ) * score_bytes
     block = products + touched / hardware.memory_bytes_s
     logits = tokens * model.vocab
     head = _product(tokens, model.hidden, model.hidden, hardware)

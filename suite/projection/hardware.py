@@ -48,7 +48,7 @@ def hardware_of(cluster: ClusterConfig, assumptions: Assumptions) -> Hardware:
     """The cluster with the assumed efficiencies applied; `A100-40GB` and `A100-80GB` share theirs."""
     gpu = cluster.gpu.partition("-")[0]
     network_efficiency = assumptions.value("network_efficiency", cluster.network)
-    hop_scale = assumptions.value("hop_latency_scale", cluster.network)
+    hop_scale = assumptions.value("hop_latency_scale")
     return Hardware(
         name=cluster.name,
         nodes=cluster.nodes,
@@ -61,7 +61,7 @@ def hardware_of(cluster: ClusterConfig, assumptions: Assumptions) -> Hardware:
         memory_bytes_s=cluster.memory_gb_s * 1e9 * assumptions.value("memory_efficiency"),
         intra=Link(
             cluster.intra_node_gb_s * 1e9 * assumptions.value("intra_node_efficiency"),
-            cluster.intra_node_latency_us * 1e-6,
+            cluster.intra_node_latency_us * 1e-6 * hop_scale,
         ),
         inter=Link(
             cluster.inter_node_gbit_s * 1e9 / 8 * network_efficiency,

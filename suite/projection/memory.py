@@ -81,4 +81,4 @@ def activation_bytes(model: ModelConfig, micro_batch: int, checkpointing: bool) 
     logits = (HALF + 2 * FP32) * tokens * model.vocab
     if not checkpointing:
         return model.layers * block + logits
-    return model.layers * HALF * tokens * model.hidden + max(2 * block, logits)
+    return model.layers * HALF * tokens * model.hidden + max(block, logits)

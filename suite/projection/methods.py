@@ -26,8 +26,9 @@ DEEPSPEED_BUCKET = 500_000_000
 class Method:
     """`groups`: whether model states can be sharded in partition groups smaller than the world.
 
-    `gradient_bytes` per element of the gradients that are kept; `set_aside` elements (of half
-    precision) are buffers of the method's own; `hierarchical`: whether it has such collectives.
+    `gradient_bytes` per element of the gradients that are kept (with what a step adds to them);
+    `set_aside` elements of half precision are buffers of the method's own; `live_blocks` blocks are
+    whole at a time, as weights or gradients; `hierarchical`: whether it has such collectives.
     """
 
     schedule: Sharded | Replicated
@@ -37,11 +38,19 @@ class Method:
     shards_optimizer: bool = True
     gradient_bytes: int = 2
     set_aside: int = 0
+    live_blocks: int = 3
 
 
 ENGINE = Sharded(keeps_turn=True, align=64)
 UNOPTIMIZED = Sharded(
-    ON_DEMAND, keeps_turn=True, coalesced=False, blocking=True, align=64, decides=True, stalls=True
+    ON_DEMAND,
+    keeps_turn=True,
+    coalesced=False,
+    blocking=True,
+    align=64,
+    decides=True,
+    stalls=True,
+    flattens=True,
 )
 DEEPSPEED = Sharded(
     Limits(in_flight_bytes=100_000_000, coalesce_bytes=100_000_000),
@@ -52,12 +61,12 @@ DEEPSPEED = Sharded(
 )
 DEEPSPEED_2021 = Sharded(
     ON_DEMAND,
-    gathers_again=True,
     coalesced=False,
     blocking=True,
     persistent_below=100_000,
     decides=True,
     stalls=True,
+    flattens=True,
 )
 ZERO2 = Replicated(Kind.ALL_REDUCE, Kind.ALL_GATHER, every_micro_step=True, overlaps=False)
 
@@ -79,15 +88,17 @@ METHODS: dict[str, Method] = {
     "deepspeed-zero2-v0.5": Method(
         replace(ZERO2, reduce=Kind.REDUCE, overlaps=True), set_aside=2 * DEEPSPEED_BUCKET
     ),
-    "deepspeed-zero3": Method(DEEPSPEED, set_aside=3 * DEEPSPEED_BUCKET),
-    "deepspeed-zero3-v0.5": Method(DEEPSPEED_2021, set_aside=6 * DEEPSPEED_BUCKET),
-    "deepspeed-mics": Method(DEEPSPEED, groups=True, hierarchical=True, set_aside=3 * DEEPSPEED_BUCKET),
+    "deepspeed-zero3": Method(DEEPSPEED, set_aside=2 * DEEPSPEED_BUCKET),
+    "deepspeed-zero3-v0.5": Method(
+        DEEPSPEED_2021, gradient_bytes=6, set_aside=4 * DEEPSPEED_BUCKET, live_blocks=2
+    ),
+    "deepspeed-mics": Method(DEEPSPEED, groups=True, hierarchical=True, set_aside=2 * DEEPSPEED_BUCKET),
     "fairscale-fsdp": Method(Sharded(reduce_bucket=13_107_200, in_flight=1), gradient_bytes=4),
     "fsdp2": Method(Sharded(in_flight=1), gradient_bytes=4),
     "hsdp": Method(Sharded(in_flight=1), groups=True, gradient_bytes=4),
-    "zero3": Method(ENGINE, gradient_bytes=4),
+    "zero3": Method(ENGINE, gradient_bytes=4, live_blocks=5),
     "zero3-unoptimized": Method(UNOPTIMIZED, gradient_bytes=4),
-    "mics": Method(ENGINE, groups=True, hierarchical=True, gradient_bytes=4),
+    "mics": Method(ENGINE, groups=True, hierarchical=True, gradient_bytes=4, live_blocks=5),
 }
 
 
@@ -96,7 +107,8 @@ class Options:
     """The implementations' options that the projection knows.
 
     `partition_size` None or `auto`: the smallest whose replica fits into memory. `hierarchical` None:
-    wherever a partition group is made of several whole nodes.
+    wherever a partition group is made of several whole nodes. `reduce_bucket_size` (elements) is
+    DeepSpeed's.
     """
 
     partition_size: str | None = None
@@ -105,6 +117,7 @@ class Options:
     optimizer_sharding: str = "partition"
     fine_grained_sync: bool | None = None
     coalesced: bool | None = None
+    reduce_bucket_size: int | None = None
 
 
 def find_method(name: str) -> Method:
@@ -125,12 +138,16 @@ def parse_options(config: Config) -> Options:
     try:
         options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), dict(given)))
     except OmegaConfBaseException as error:
-        raise UsageError(f"bad value for impl.options.{error.full_key}: {str(error).splitlines()[0]}") from error
+        raise UsageError(
+            f"bad value for impl.options.{error.full_key}: {str(error).splitlines()[0]}"
+        ) from error
     assert isinstance(options, Options)
     if options.optimizer_sharding not in ("partition", "world"):
         raise unknown("impl.options.optimizer_sharding", options.optimizer_sharding, ("partition", "world"))
     if not method.groups and options.partition_size is not None:
-        raise UsageError(f"{name} shards over the whole world; impl.options.partition_size is for mics and hsdp")
+        raise UsageError(
+            f"{name} shards over the whole world; impl.options.partition_size is for mics and hsdp"
+        )
     return options
 
 
@@ -143,4 +160,6 @@ def with_switches(schedule: Sharded | Replicated, options: Options) -> Sharded |
         schedule = replace(schedule, limits=limits, blocking=not options.fine_grained_sync)
     if options.coalesced is not None:
         schedule = replace(schedule, coalesced=options.coalesced)
+    if options.reduce_bucket_size is not None:
+        schedule = replace(schedule, reduce_bucket=options.reduce_bucket_size)
     return schedule

@@ -141,9 +141,7 @@ def _stage(passed: float, latency: float, group: Group, hardware: Hardware) -> S
 
 
 def _scaled(stage: Stage, factor: float) -> Stage:
-    return Stage(
-        stage.wire, stage.seconds * factor, stage.node_bytes * factor, stage.sent_bytes * factor
-    )
+    return Stage(stage.wire, stage.seconds * factor, stage.node_bytes * factor, stage.sent_bytes * factor)
 
 
 Cost = Callable[[Collective], tuple[Stage, ...]]

@@ -9,12 +9,12 @@ from suite.errors import UsageError
 from suite.projection.assumptions import Assumptions, default_assumptions
 from suite.projection.compute import HALF, Costs, compute_costs, optimizer_s
 from suite.projection.hardware import Hardware, hardware_of
-from suite.projection.layout import Layout, layout_of
+from suite.projection.layout import layout_of
 from suite.projection.memory import Memory, States, memory_of
 from suite.projection.methods import AUTO, Method, Options, find_method, parse_options, with_switches
 from suite.projection.network import Wire, cost_on, make_groups
-from suite.projection.schedules import Job, Programs, Sharded, build_programs
-from suite.projection.simulate import Machine, Span, run_step
+from suite.projection.schedules import Job, Sharded, build_programs
+from suite.projection.simulate import Machine, Programs, Span, run_step
 from suite.workloads.flops import hardware_flops, model_flops
 
 
@@ -46,9 +46,7 @@ class Projection:
     spans: tuple[Span, ...] = ()
 
 
-def project(
-    config: Config, assumptions: Assumptions | None = None, timeline: bool = False
-) -> Projection:
+def project(config: Config, assumptions: Assumptions | None = None, timeline: bool = False) -> Projection:
     """What the configuration would do on its cluster. Raises UsageError for what cannot be."""
     given = assumptions or default_assumptions()
     cluster = _require_cluster(config)
@@ -59,10 +57,19 @@ def project(
     costs = compute_costs(config.workload.model, config.train.micro_batch, hardware, given)
     programs = programs_of(config, method, options, partition, hierarchical, hardware, costs, given)
     machine = run_step(
-        programs.first, programs.middle, programs.last, config.train.micro_steps, cost_on(hardware), timeline
+        programs, config.train.micro_steps, cost_on(hardware), given.value("overlap_slowdown"), timeline
     )
     memory = _memory(config, method, options, partition, hardware, given)
     return _result(config, method, partition, hierarchical, hardware, machine, memory)
+
+
+def memory_for(config: Config, assumptions: Assumptions | None = None) -> Memory:
+    """What the configuration needs on each rank, without executing anything. Raises UsageError."""
+    given = assumptions or default_assumptions()
+    method, options = find_method(config.impl.name), parse_options(config)
+    hardware = hardware_of(_require_cluster(config), given)
+    partition = partition_of(config, method, options, hardware, given)
+    return _memory(config, method, options, partition, hardware, given)
 
 
 def _require_cluster(config: Config) -> ClusterConfig:
@@ -70,7 +77,8 @@ def _require_cluster(config: Config) -> ClusterConfig:
         raise UsageError("a projection needs a cluster, such as cluster=p4d cluster.nodes=16")
     if config.train.precision != "bf16":
         raise UsageError(
-            f"train.precision={config.train.precision} cannot be projected; use bf16, whose kernels are modelled"
+            f"train.precision={config.train.precision} cannot be projected; "
+            "use bf16, the one whose kernels are modelled"
         )
     return config.cluster
 
@@ -100,6 +108,7 @@ def programs_of(
         two_hop=options.two_hop,
         world_optimizer=options.optimizer_sharding == "world",
         decision_s=given.value("decision_us") * 1e-6,
+        copy_s_per_byte=given.value("flatten_passes") / hardware.memory_bytes_s,
         stall_s_per_byte=given.value("stall_ms_per_gb") * 1e-12 * hardware.world_size,
     )
     return build_programs(with_switches(method.schedule, options), job)
@@ -168,7 +177,7 @@ def _memory(
         gradients=partition if method.shards_gradients else 1,
         optimizer=_optimizer_ranks(method, options, partition, hardware),
         gradient_bytes=method.gradient_bytes,
-        buffers=HALF * (_live_elements(layout, partition) * sharded + method.set_aside),
+        buffers=HALF * (sum(layout.root) + method.live_blocks * sum(layout.block) + method.set_aside),
     )
     return memory_of(
         model,
@@ -179,12 +188,6 @@ def _memory(
         hardware,
         given,
     )
-
-
-def _live_elements(layout: Layout, partition: int) -> int:
-    """What is whole at a time in a sharded backward: the root, a block at work and the next, and the
-    gradients of three (one being computed, two on their way)."""
-    return sum(layout.root) + 5 * sum(layout.block) if partition > 1 else 3 * sum(layout.block)
 
 
 def _result(

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from suite.impls.sharded.schedule import Event, Limits, Op, Phase, plan
 from suite.projection.compute import Costs
 from suite.projection.layout import Layout
 from suite.projection.network import Collective, Groups, Kind
-from suite.projection.simulate import Compute, Host, Instruction, Key, Start, Wait
+from suite.projection.simulate import Compute, Host, Instruction, Key, Programs, Start, Wait
 
 NEXT_UNIT = Limits(in_flight_bytes=1, coalesce_bytes=0)
 ON_DEMAND = Limits(in_flight_bytes=0, coalesce_bytes=0)
@@ -33,6 +34,7 @@ class Sharded:
     `in_flight` reductions may be on their way. `align`: shards are multiples of so many elements.
     `decides` and `stalls`: pays the
     assumed host time per fetched unit, and the assumed allocator stalls.
+    `flattens`: collectives work on lists, with copies before or after.
     """
 
     limits: Limits = NEXT_UNIT
@@ -46,6 +48,7 @@ class Sharded:
     align: int = 1
     decides: bool = False
     stalls: bool = False
+    flattens: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Replicated:
 @dataclass(frozen=True)
 class Job:
     """What a builder needs to know. `element_bytes` of weights and gradients on the wire;
-    `decision_s` per fetched unit; `stall_s_per_byte` of gathered weights; `optimizer_s` of a step."""
+    `decision_s` per fetched unit; `stall_s_per_byte` of gathered weights, `copy_s_per_byte` of what is flattened; `optimizer_s` of a step."""
 
     layout: Layout
     costs: Costs
@@ -79,25 +82,17 @@ class Job:
     world_optimizer: bool = False
     decision_s: float = 0.0
     stall_s_per_byte: float = 0.0
-
-
-@dataclass(frozen=True)
-class Programs:
-    """A step is `first`, `middle` (micro-steps - 2 times) and `last`; only `last` with one micro-step."""
-
-    first: tuple[Instruction, ...]
-    middle: tuple[Instruction, ...]
-    last: tuple[Instruction, ...]
+    copy_s_per_byte: float = 0.0
 
 
 def build_programs(method: Sharded | Replicated, job: Job) -> Programs:
     """The programs of a method. Raises ValueError for groups that it cannot have."""
     if isinstance(method, Replicated):
         early = tuple(_replicated(method, job, last=False))
-        return Programs(early, early, (*_replicated(method, job, last=True), *_spread(method, job)))
+        return Programs(early, (*_replicated(method, job, last=True), *_spread(method, job)))
     last = tuple(_ShardedMicroStep(method, job, synchronizes=True).program())
     early = last if not job.two_hop else tuple(_ShardedMicroStep(method, job, False).program())
-    return Programs(early, early, (*last, *_sharded_update(job)))
+    return Programs(early, (*last, *_sharded_update(job)))
 
 
 # --- methods with sharded weights
@@ -129,7 +124,7 @@ class _ShardedMicroStep:
         uses, events = self._events()
         sizes = [int(sum(self._gathered(use))) for use in uses]
         resident = range(len(uses)) if self.job.groups.partition.size == 1 else ()
-        schedule = plan(events, sizes, self.method.limits, resident)
+        schedule = _plan(tuple(events), tuple(sizes), self.method.limits, tuple(resident))
         calls: dict[int, list[Key]] = {}
         for event, actions in zip(schedule.events, schedule.actions, strict=True):
             yield from self._before(event)
@@ -205,6 +200,7 @@ class _ShardedMicroStep:
             group = self.job.groups.partition
             yield Start(keys[-1], Collective(Kind.ALL_GATHER, nbytes, group, self.job.hierarchical))
             yield from self._block(keys[-1])
+        yield from self._flatten(parts)
         if self.method.stalls:
             yield Host(self.job.stall_s_per_byte * sum(parts))
         calls.update(dict.fromkeys(units, keys))
@@ -219,6 +215,7 @@ class _ShardedMicroStep:
     def _reduce_pending(self) -> Iterator[Instruction]:
         messages = self._messages([self.job.element_bytes * n for n in self.pending])
         self.pending = []
+        yield from self._flatten(messages)
         for nbytes in messages:
             self.reductions += 1
             key: Key = ("gradients", self.reductions)
@@ -227,6 +224,10 @@ class _ShardedMicroStep:
             yield from self._block(key)
             self.flying.append((key, nbytes))
         yield from self._settle(self.method.in_flight * max(1, len(messages)))
+
+    def _flatten(self, parts: Sequence[float]) -> Iterator[Instruction]:
+        if self.method.flattens and parts:
+            yield Compute("copies", self.job.copy_s_per_byte * sum(parts))
 
     def _settle(self, in_flight: int) -> Iterator[Instruction]:
         """Waits for the oldest first hops; what they leave on this rank goes on to the replicas."""
@@ -250,6 +251,10 @@ class _ShardedMicroStep:
     def _block(self, key: Key) -> Iterator[Instruction]:
         if self.method.blocking:
             yield Wait(key, blocking=True)
+
+
+_plan = lru_cache(maxsize=64)(plan)
+"""The engine's planner: the same for every micro-step, and for every cluster."""
 
 
 def _sharded_update(job: Job) -> Iterator[Instruction]:

@@ -7,7 +7,7 @@ its wire is free; the compute goes on past one that it does not wait for.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from suite.projection.network import Collective, Cost, Wire
@@ -51,6 +51,14 @@ Instruction = Compute | Start | Wait | Host
 
 
 @dataclass(frozen=True)
+class Programs:
+    """A step: `early` micro-steps, all alike, then `last` with everything up to the updated weights."""
+
+    early: tuple[Instruction, ...]
+    last: tuple[Instruction, ...]
+
+
+@dataclass(frozen=True)
 class Span:
     """Something on a stream of the timeline, seconds from the begin of the step."""
 
@@ -65,6 +73,8 @@ class Machine:
     """Where the streams stand, and what has been done so far. Bytes as in `Stage`."""
 
     cost: Cost
+    slowdown: float = 0.0
+    """Share by which kernels take longer while a collective runs beside them."""
     host_s: float = 0.0
     compute_s: float = 0.0
     wires_s: dict[Wire, float] = field(default_factory=lambda: dict.fromkeys(Wire, 0.0))
@@ -112,6 +122,7 @@ class Machine:
     def copy(self) -> Machine:
         return Machine(
             self.cost,
+            self.slowdown,
             self.host_s,
             self.compute_s,
             dict(self.wires_s),
@@ -125,8 +136,10 @@ class Machine:
 
     def _compute(self, item: Compute) -> None:
         start = max(self.compute_s, self.host_s)
-        self.compute_s = start + item.seconds
-        self.busy_s += item.seconds
+        shared = min(item.seconds, max(0.0, max(self.wires_s.values()) - start))
+        seconds = item.seconds + self.slowdown * shared
+        self.compute_s = start + seconds
+        self.busy_s += seconds
         self._record("compute", item.name, start, self.compute_s)
 
     def _start(self, item: Start) -> None:
@@ -138,7 +151,9 @@ class Machine:
             self.communication_s[stage.wire] += stage.seconds
             self.node_bytes += stage.node_bytes
             self.sent_bytes += stage.sent_bytes
-            self._record(stage.wire.value, f"{item.collective.kind.value}: {' '.join(map(str, item.key))}", start, at)
+            self._record(
+                stage.wire.value, f"{item.collective.kind.value}: {' '.join(map(str, item.key))}", start, at
+            )
         self.calls += 1
         self.ends_s[item.key] = at
 
@@ -153,27 +168,23 @@ class Machine:
 
 
 def run_step(
-    first: Sequence[Instruction],
-    middle: Sequence[Instruction],
-    last: Sequence[Instruction],
+    programs: Programs,
     micro_steps: int,
     cost: Cost,
+    slowdown: float = 0.0,
     timeline: bool = False,
 ) -> Machine:
-    """A step of `micro_steps`: `first`, `middle` as often as needed, `last` (alone when it is one).
+    """A step of `micro_steps`.
 
-    Middle micro-steps settle at once into the same time, so only one of them is executed, unless the
-    timeline is wanted.
+    Early micro-steps wait for what they have started and so take equally long: one of them is
+    executed and stands for all, unless the timeline is wanted.
     """
-    machine = Machine(cost, spans=[] if timeline else None)
-    if micro_steps > 1:
-        machine.run(first)
-    executed = max(0, micro_steps - 2) if timeline else min(1, max(0, micro_steps - 2))
+    machine = Machine(cost, slowdown, spans=[] if timeline else None)
+    start = machine.copy()
+    executed = micro_steps - 1 if timeline else min(1, micro_steps - 1)
     for _ in range(executed):
-        before = machine.copy()
-        machine.run(middle)
-    if micro_steps - 2 > executed:
-        machine.repeat(before, micro_steps - 2 - executed)
-    machine.run(last)
+        machine.run(programs.early)
+    machine.repeat(start, micro_steps - 1 - executed)
+    machine.run(programs.last)
     machine.drain()
     return machine
