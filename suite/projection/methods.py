@@ -54,13 +54,14 @@ UNOPTIMIZED = Sharded(
 )
 DEEPSPEED = Sharded(
     Limits(in_flight_bytes=100_000_000, coalesce_bytes=100_000_000),
-    keeps_turn=True,
+    keeps_root=False,
     persistent_below=100_000,
     reduce_bucket=DEEPSPEED_BUCKET,
     in_flight=1,
 )
 DEEPSPEED_2021 = Sharded(
     ON_DEMAND,
+    keeps_root=False,
     coalesced=False,
     blocking=True,
     persistent_below=100_000,

@@ -119,23 +119,27 @@ def _ring(nbytes: float, group: Group, hardware: Hardware) -> Stage:
     """Each rank passes on all but one of the group's chunks; a reduction or broadcast to or from one
     rank is pipelined around the same ring and passes (nearly) as much."""
     passed = nbytes * (group.size - 1) / group.size
-    hops_out = group.nodes if group.nodes > 1 else 0
+    if hardware.direct:
+        far = group.per_node * (group.size - group.per_node) / group.size
+        latency = (hardware.inter if group.nodes > 1 else hardware.intra).latency_s
+        return _stage(passed, nbytes * far, latency, group, hardware)
+    hops_out = min(group.nodes, group.size - 1) if group.nodes > 1 else 0
     latency = hops_out * hardware.inter.latency_s + (group.size - 1 - hops_out) * hardware.intra.latency_s
-    return _stage(passed, latency, group, hardware)
+    return _stage(passed, passed, latency, group, hardware)
 
 
 def _tree(nbytes: float, group: Group, hardware: Hardware) -> Stage:
     """Up and down a double binary tree over the nodes, with a chain inside each of them."""
     depth = math.ceil(math.log2(group.nodes)) if group.nodes > 1 else 0
     latency = 2 * (depth * hardware.inter.latency_s + (group.per_node - 1) * hardware.intra.latency_s)
-    return _stage(2.0 * nbytes, latency, group, hardware)
+    return _stage(2.0 * nbytes, 2.0 * nbytes, latency, group, hardware)
 
 
-def _stage(passed: float, latency: float, group: Group, hardware: Hardware) -> Stage:
+def _stage(passed: float, leaving: float, latency: float, group: Group, hardware: Hardware) -> Stage:
     inside = passed / hardware.intra.bytes_s
     if group.nodes == 1:
         return Stage(Wire.INTRA, hardware.launch_s + latency + inside, 0.0, passed)
-    leaving = passed * group.sharing
+    leaving *= group.sharing
     seconds = hardware.launch_s + latency + max(inside, leaving / hardware.inter.bytes_s)
     return Stage(Wire.INTER, seconds, leaving, passed)
 

@@ -20,13 +20,15 @@ from suite.projection.simulate import Compute, Host, Instruction, Key, Programs,
 NEXT_UNIT = Limits(in_flight_bytes=1, coalesce_bytes=0)
 ON_DEMAND = Limits(in_flight_bytes=0, coalesce_bytes=0)
 ROOT = 0
+ROOT_NAME = "root"
 
 
 @dataclass(frozen=True)
 class Sharded:
     """How a method with sharded weights fetches and reduces.
 
-    `keeps_turn`: the last block stays between its forward and backward. `gathers_again`: with
+    `keeps_turn`: the last block stays between its forward and backward; `keeps_root`: so does the
+    root. `gathers_again`: with
     activation checkpointing, the recomputation and the backward each fetch. `coalesced`: a unit in
     one call, otherwise one per parameter. `blocking`: every collective is waited for by the host
     where it is issued. Parameters below `persistent_below` elements are never gathered.
@@ -39,6 +41,7 @@ class Sharded:
 
     limits: Limits = NEXT_UNIT
     keeps_turn: bool = False
+    keeps_root: bool = True
     gathers_again: bool = False
     coalesced: bool = True
     blocking: bool = False
@@ -69,7 +72,8 @@ class Replicated:
 @dataclass(frozen=True)
 class Job:
     """What a builder needs to know. `element_bytes` of weights and gradients on the wire;
-    `decision_s` per fetched unit; `stall_s_per_byte` of gathered weights, `copy_s_per_byte` of what is flattened; `optimizer_s` of a step."""
+    `decision_s` per fetched unit; `stall_s_per_byte` of gathered weights, `copy_s_per_byte` of what is
+    flattened; `optimizer_s` of a step."""
 
     layout: Layout
     costs: Costs
@@ -127,7 +131,7 @@ class _ShardedMicroStep:
         schedule = _plan(tuple(events), tuple(sizes), self.method.limits, tuple(resident))
         calls: dict[int, list[Key]] = {}
         for event, actions in zip(schedule.events, schedule.actions, strict=True):
-            yield from self._before(event)
+            yield from self._before(event, uses[event.unit])
             for action in actions:
                 if action.op is Op.GATHER:
                     yield from self._gather(action.units, uses, calls)
@@ -143,8 +147,8 @@ class _ShardedMicroStep:
     def _events(self) -> tuple[list[Use], list[Event]]:
         """The order in which a stack of blocks runs, as the engine's hooks report it."""
         layers, block = self.job.layout.layers, self.job.layout.block
-        uses = [Use("root", self.job.layout.root)]
-        forward, backward = [Event(Phase.FORWARD, ROOT)], [Event(Phase.BACKWARD, ROOT)]
+        uses = [Use(ROOT_NAME, self.job.layout.root)]
+        forward, backward = [Event(Phase.FORWARD, ROOT)], []
         for number in range(1, layers + 1):
             uses.append(Use(f"block {number}", block))
             forward += [Event(Phase.FORWARD, number), Event(Phase.FORWARD_END, number)]
@@ -159,13 +163,18 @@ class _ShardedMicroStep:
                 uses.append(Use(f"block {number}", block))
                 index = len(uses) - 1
             backward += [Event(Phase.BACKWARD, index), Event(Phase.BACKWARD_END, index)]
-        return uses, [*forward, *backward, Event(Phase.BACKWARD_END, ROOT)]
+        root = ROOT
+        if not self.method.keeps_root:
+            uses.append(Use(ROOT_NAME, self.job.layout.root))
+            root = len(uses) - 1
+        around = Event(Phase.BACKWARD, root), Event(Phase.BACKWARD_END, root)
+        return uses, [*forward, around[0], *backward, around[1]]
 
-    def _before(self, event: Event) -> Iterator[Instruction]:
+    def _before(self, event: Event, use: Use) -> Iterator[Instruction]:
         """What is computed before a unit's end is reported."""
-        if event.unit == ROOT and event.phase is Phase.FORWARD_END:
+        if use.name == ROOT_NAME and event.phase is Phase.FORWARD_END:
             yield Compute("head forward", self.job.costs.head.forward_s)
-        elif event.unit == ROOT and event.phase is Phase.BACKWARD_END:
+        elif use.name == ROOT_NAME and event.phase is Phase.BACKWARD_END:
             yield Compute("embedding backward", self.job.costs.embedding.backward_s)
 
     def _after(self, event: Event, use: Use) -> Iterator[Instruction]:
@@ -173,7 +182,7 @@ class _ShardedMicroStep:
         costs = self.job.costs
         if self.method.decides and event.phase.needs_weights:
             yield Host(self.job.decision_s)
-        if event.unit == ROOT:
+        if use.name == ROOT_NAME:
             if event.phase is Phase.FORWARD:
                 yield Compute("embedding forward", costs.embedding.forward_s)
             elif event.phase is Phase.BACKWARD:
