@@ -53,9 +53,9 @@ class _Recorder(TorchDispatchMode):
         if name.startswith("c10d."):
             sizes = [_bytes(item) for item in tree_flatten(args)[0] if isinstance(item, torch.Tensor)]
             kind = KINDS.get(name.split(".")[1])
-            if kind is not None and max(sizes) > SMALL * 4:
-                # Lists hold the parts of the buffer, and both ends of a scatter or gather are there.
-                whole = max(sizes) if len(sizes) <= 2 else sum(sizes) - min(sizes)
+            # Lists hold the parts of the buffer, and both ends of a scatter or gather are there.
+            whole = max(sizes) if len(sizes) <= 2 else sum(sizes) - min(sizes)
+            if kind is not None and whole > SMALL * 4:
                 self.calls.append((kind, whole))
         return func(*args, **(kwargs or {}))
 

@@ -41,10 +41,11 @@ class Method:
     live_blocks: int = 3
 
 
-ENGINE = Sharded(keeps_turn=True, align=64)
+ENGINE = Sharded(keeps_turn=True, overlapping_hooks=True, align=64)
 UNOPTIMIZED = Sharded(
     ON_DEMAND,
     keeps_turn=True,
+    overlapping_hooks=True,
     coalesced=False,
     blocking=True,
     align=64,
@@ -55,6 +56,7 @@ UNOPTIMIZED = Sharded(
 DEEPSPEED = Sharded(
     Limits(in_flight_bytes=100_000_000, coalesce_bytes=100_000_000),
     keeps_root=False,
+    by_module=True,
     persistent_below=100_000,
     reduce_bucket=DEEPSPEED_BUCKET,
     in_flight=1,

@@ -28,8 +28,9 @@ class Sharded:
     """How a method with sharded weights fetches and reduces.
 
     `keeps_turn`: the last block stays between its forward and backward; `keeps_root`: so does the
-    root. `gathers_again`: with
-    activation checkpointing, the recomputation and the backward each fetch. `coalesced`: a unit in
+    root. `by_module`: a block's
+    modules are fetched one by one, not together. `overlapping_hooks`: a block's backward is reported
+    (and fetched for) before the gradients of the block above it are sent. `coalesced`: a unit in
     one call, otherwise one per parameter. `blocking`: every collective is waited for by the host
     where it is issued. Parameters below `persistent_below` elements are never gathered.
     `reduce_bucket` (elements) collects gradients of several units; 0 sends each unit's alone.
@@ -42,7 +43,8 @@ class Sharded:
     limits: Limits = NEXT_UNIT
     keeps_turn: bool = False
     keeps_root: bool = True
-    gathers_again: bool = False
+    by_module: bool = False
+    overlapping_hooks: bool = False
     coalesced: bool = True
     blocking: bool = False
     persistent_below: int = 0
@@ -105,10 +107,11 @@ def build_programs(method: Sharded | Replicated, job: Job) -> Programs:
 @dataclass(frozen=True)
 class Use:
     """A unit in one of its uses: a use that never shares its weights with another is a unit of its own
-    to `plan`. `elements`: those of its parameters."""
+    to `plan`. `elements`: those of its parameters; `share`: its part of a block's compute."""
 
     name: str
     elements: tuple[int, ...]
+    share: float = 1.0
 
 
 @dataclass
@@ -139,36 +142,58 @@ class _ShardedMicroStep:
                     yield from (Wait(key) for key in calls.get(action.units[0], ()))
                 elif action.op is Op.REDUCE:
                     yield from self._reduce(uses[action.units[0]].elements)
-            yield from self._after(event, uses[event.unit])
+            yield from self._after(event, uses)
         yield from self._reduce_pending()
         yield from self._settle(0)
         yield from (Wait(key) for key in self.second)
 
     def _events(self) -> tuple[list[Use], list[Event]]:
-        """The order in which a stack of blocks runs, as the engine's hooks report it."""
-        layers, block = self.job.layout.layers, self.job.layout.block
+        """The order in which a stack of blocks runs, as the hooks of the method report it."""
         uses = [Use(ROOT_NAME, self.job.layout.root)]
-        forward, backward = [Event(Phase.FORWARD, ROOT)], []
-        for number in range(1, layers + 1):
-            uses.append(Use(f"block {number}", block))
-            forward += [Event(Phase.FORWARD, number), Event(Phase.FORWARD_END, number)]
-        forward.append(Event(Phase.FORWARD_END, ROOT))
-        for number in range(layers, 0, -1):
-            if self.method.gathers_again and self.job.checkpointing:
-                uses.append(Use(f"block {number} again", block))
-                again = len(uses) - 1
-                backward += [Event(Phase.FORWARD, again), Event(Phase.FORWARD_END, again)]
-            index = number
-            if not self.method.keeps_turn:
-                uses.append(Use(f"block {number}", block))
-                index = len(uses) - 1
-            backward += [Event(Phase.BACKWARD, index), Event(Phase.BACKWARD_END, index)]
-        root = ROOT
+        root, first = Event(Phase.BACKWARD, ROOT), Event(Phase.FORWARD, ROOT)
+        forward, backward = self._forward(uses), self._backward(uses)
         if not self.method.keeps_root:
             uses.append(Use(ROOT_NAME, self.job.layout.root))
-            root = len(uses) - 1
-        around = Event(Phase.BACKWARD, root), Event(Phase.BACKWARD_END, root)
-        return uses, [*forward, around[0], *backward, around[1]]
+            root = Event(Phase.BACKWARD, len(uses) - 1)
+        end = Event(Phase.FORWARD_END, ROOT)
+        return uses, [first, *forward, end, root, *backward, Event(Phase.BACKWARD_END, root.unit)]
+
+    def _forward(self, uses: list[Use]) -> list[Event]:
+        events = []
+        for use in self._block_uses():
+            uses.append(use)
+            index = len(uses) - 1
+            events += [Event(Phase.FORWARD, index), Event(Phase.FORWARD_END, index)]
+        return events
+
+    def _backward(self, uses: list[Use]) -> list[Event]:
+        """Block by block from the last; `uses` holds those of forward, and gets those of backward."""
+        parts = len(self._block_parts())
+        events: list[Event] = []
+        for number in range(self.job.layout.layers, 0, -1):
+            indices = list(range(1 + (number - 1) * parts, 1 + number * parts))
+            if not self.method.keeps_turn:
+                uses += [uses[index] for index in indices]
+                indices = list(range(len(uses) - parts, len(uses)))
+            if self.job.checkpointing and self.method.by_module:
+                # The recomputation fetches module by module, and all stay until their backward.
+                events += [Event(Phase.FORWARD, index) for index in indices]
+            for index in reversed(indices):
+                events += [Event(Phase.BACKWARD, index), Event(Phase.BACKWARD_END, index)]
+        return _overlapping(events) if self.method.overlapping_hooks else events
+
+    def _block_uses(self) -> Iterator[Use]:
+        for number in range(1, self.job.layout.layers + 1):
+            for elements in self._block_parts():
+                share = sum(elements) / sum(self.job.layout.block)
+                yield Use(f"block {number}", elements, share)
+
+    def _block_parts(self) -> list[tuple[int, ...]]:
+        """Elements of what is fetched together: a block's modules (weight and bias), or all of it."""
+        block = self.job.layout.block
+        if not self.method.by_module:
+            return [block]
+        return [block[start : start + 2] for start in range(0, len(block), 2)]
 
     def _before(self, event: Event, use: Use) -> Iterator[Instruction]:
         """What is computed before a unit's end is reported."""
@@ -177,9 +202,9 @@ class _ShardedMicroStep:
         elif use.name == ROOT_NAME and event.phase is Phase.BACKWARD_END:
             yield Compute("embedding backward", self.job.costs.embedding.backward_s)
 
-    def _after(self, event: Event, use: Use) -> Iterator[Instruction]:
+    def _after(self, event: Event, uses: Sequence[Use]) -> Iterator[Instruction]:
         """What is computed once an event's weights are there."""
-        costs = self.job.costs
+        costs, use = self.job.costs, uses[event.unit]
         if self.method.decides and event.phase.needs_weights:
             yield Host(self.job.decision_s)
         if use.name == ROOT_NAME:
@@ -188,11 +213,21 @@ class _ShardedMicroStep:
             elif event.phase is Phase.BACKWARD:
                 yield Compute("head backward", costs.head.backward_s)
         elif event.phase is Phase.FORWARD:
-            yield Compute(f"{use.name} forward", costs.block.forward_s)
-        elif event.phase is Phase.BACKWARD:
-            if self.job.checkpointing and not self.method.gathers_again:
-                yield Compute(f"{use.name} recompute", costs.block.forward_s)
-            yield Compute(f"{use.name} backward", costs.block.backward_s)
+            yield Compute(f"{use.name} forward", use.share * costs.block.forward_s)
+        elif event.phase is Phase.BACKWARD and not self._delays(event, uses):
+            yield from self._block_backward(use)
+        elif event.phase is Phase.BACKWARD_END and self.method.overlapping_hooks and event.unit > 1:
+            yield from self._block_backward(uses[event.unit - 1])
+
+    def _delays(self, event: Event, uses: Sequence[Use]) -> bool:
+        """Whether a block's backward is reported before the one above it has ended."""
+        return self.method.overlapping_hooks and event.unit < self.job.layout.layers
+
+    def _block_backward(self, use: Use) -> Iterator[Instruction]:
+        costs = self.job.costs.block
+        if self.job.checkpointing and not self.method.by_module:
+            yield Compute(f"{use.name} recompute", use.share * costs.forward_s)
+        yield Compute(f"{use.name} backward", use.share * costs.backward_s)
 
     def _gathered(self, use: Use) -> list[float]:
         """Bytes of each parameter that is gathered."""
@@ -260,6 +295,13 @@ class _ShardedMicroStep:
     def _block(self, key: Key) -> Iterator[Instruction]:
         if self.method.blocking:
             yield Wait(key, blocking=True)
+
+
+def _overlapping(events: Sequence[Event]) -> list[Event]:
+    """Each begin of a backward before the end of the one before it."""
+    begins, ends = events[::2], events[1::2]
+    mixed = [event for pair in zip(begins[1:], ends[:-1], strict=True) for event in pair]
+    return [*begins[:1], *mixed, *ends[-1:]]
 
 
 _plan = lru_cache(maxsize=64)(plan)
