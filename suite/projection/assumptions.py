@@ -7,7 +7,7 @@ They live in `configs/projection.yaml` alone. `suite project --calibrate` fits t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -47,6 +47,12 @@ class Assumptions:
         """A copy in which these have other values. Raises KeyError for an unknown name."""
         changed = {name: replace(self.entries[name], value=value) for name, value in values.items()}
         return Assumptions({**self.entries, **changed})
+
+    def only_fitting(self, names: Iterable[str]) -> Assumptions:
+        """A copy in which a calibration may move these and no others."""
+        free = set(names)
+        entries = {name: replace(entry, fitted=name in free) for name, entry in self.entries.items()}
+        return Assumptions(entries)
 
     @property
     def fitted(self) -> list[Assumption]:

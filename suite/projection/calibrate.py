@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from suite.projection.assumptions import Assumption, Assumptions
 from suite.projection.published_runs import Number, evaluate
 
-ITERATIONS = 20
+ITERATIONS = 10
 NUDGE = 0.01
 """Share of its range by which a parameter is moved to see its effect."""
-PRIOR = 0.02
+PRIOR = 0.01
 """Pull towards the middle of the range, as a relative error for a parameter at its end: it decides
 where the numbers do not."""
 

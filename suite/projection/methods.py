@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from suite.config import Config
 from suite.errors import UsageError, unknown
 from suite.impls.sharded.schedule import Limits
+from suite.projection.compute import HALF
 from suite.projection.network import Kind
 from suite.projection.schedules import NEXT_UNIT, ON_DEMAND, Replicated, Sharded
 
@@ -110,8 +111,8 @@ class Options:
     """The implementations' options that the projection knows.
 
     `partition_size` None or `auto`: the smallest whose replica fits into memory. `hierarchical` None:
-    wherever a partition group is made of several whole nodes. `reduce_bucket_size` (elements) is
-    DeepSpeed's.
+    wherever a partition group is made of several whole nodes. `reduce_bucket_size` and
+    `prefetch_bucket_size` (elements) are DeepSpeed's.
     """
 
     partition_size: str | None = None
@@ -121,6 +122,7 @@ class Options:
     fine_grained_sync: bool | None = None
     coalesced: bool | None = None
     reduce_bucket_size: int | None = None
+    prefetch_bucket_size: int | None = None
 
 
 def find_method(name: str) -> Method:
@@ -149,7 +151,7 @@ def parse_options(config: Config) -> Options:
         raise unknown("impl.options.optimizer_sharding", options.optimizer_sharding, ("partition", "world"))
     if not method.groups and options.partition_size is not None:
         raise UsageError(
-            f"{name} shards over the whole world; impl.options.partition_size is for mics and hsdp"
+            f"{name} has no partition groups; leave impl.options.partition_size out or use impl=mics"
         )
     return options
 
@@ -165,4 +167,7 @@ def with_switches(schedule: Sharded | Replicated, options: Options) -> Sharded |
         schedule = replace(schedule, coalesced=options.coalesced)
     if options.reduce_bucket_size is not None:
         schedule = replace(schedule, reduce_bucket=options.reduce_bucket_size)
+    if options.prefetch_bucket_size is not None:
+        nbytes = HALF * options.prefetch_bucket_size
+        schedule = replace(schedule, limits=Limits(nbytes, nbytes))
     return schedule

@@ -11,7 +11,15 @@ from suite.projection.compute import HALF, Costs, compute_costs, optimizer_s
 from suite.projection.hardware import Hardware, hardware_of
 from suite.projection.layout import layout_of
 from suite.projection.memory import Memory, States, memory_of
-from suite.projection.methods import AUTO, Method, Options, find_method, parse_options, with_switches
+from suite.projection.methods import (
+    AUTO,
+    DEEPSPEED_BUCKET,
+    Method,
+    Options,
+    find_method,
+    parse_options,
+    with_switches,
+)
 from suite.projection.network import Wire, cost_on, make_groups
 from suite.projection.schedules import Job, Sharded, build_programs
 from suite.projection.simulate import Machine, Programs, Span, run_step
@@ -172,12 +180,19 @@ def _memory(
 ) -> Memory:
     model, layout = config.workload.model, layout_of(config.workload.model)
     sharded = isinstance(method.schedule, Sharded)
+    bucket = options.reduce_bucket_size or DEEPSPEED_BUCKET
+    whole = sum(layout.root) + method.live_blocks * sum(layout.block)
     states = States(
         weights=partition if sharded else 1,
         gradients=partition if method.shards_gradients else 1,
         optimizer=_optimizer_ranks(method, options, partition, hardware),
         gradient_bytes=method.gradient_bytes,
-        buffers=HALF * (sum(layout.root) + method.live_blocks * sum(layout.block) + method.set_aside),
+        buffers=HALF
+        * (
+            sum(layout.root)
+            + method.live_blocks * sum(layout.block)
+            + method.set_aside * bucket / DEEPSPEED_BUCKET
+        ),
     )
     return memory_of(
         model,
