@@ -80,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     what = project.add_mutually_exclusive_group()
     what.add_argument("--scaling", action="store_true", help="weak scaling from 8 to 100,000 GPUs")
     what.add_argument("--published", action="store_true", help="published numbers beside projected ones")
+    what.add_argument("--sensitivity", action="store_true", help="how far assumptions move the numbers")
+    project.add_argument("--markdown", action="store_true", help="those tables as the documentation has them")
     what.add_argument("--calibrate", action="store_true", help="fit the assumptions and keep them")
     plan = add("plan", _plan, "the fastest configurations of MiCS that fit a cluster's memory (projected)")
     plan.add_argument("--model", required=True, help="a workload, e.g. bert-50b")
@@ -133,13 +135,15 @@ def _check(parsed: argparse.Namespace) -> int:
 def _project(parsed: argparse.Namespace) -> int:
     from suite.projection import commands
 
-    records, shown = commands.answer(parsed.options, commands.Question.of(parsed), parsed.trace)
+    records, shown = commands.answer(
+        parsed.options, commands.Question.of(parsed), parsed.trace, parsed.markdown
+    )
     for record in records if parsed.out is not None else ():
         append(parsed.out / "records.jsonl", record)
     if parsed.json:
         print(commands.to_json(records))
     else:
-        stdout.print(shown)
+        stdout.print(shown, soft_wrap=parsed.markdown)
     return 0
 
 

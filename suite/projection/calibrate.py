@@ -1,74 +1,56 @@
 """Fits the few free assumptions to the stated subset of published numbers; the rest stays prediction.
 
-Gauss-Newton on the relative errors, with every parameter held inside its plausible range.
+A pattern search: each parameter in turn is moved up and down inside its plausible range, by ever
+smaller shares of it. It needs no derivatives, which have kinks wherever the compute begins to wait.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from suite.projection.assumptions import Assumption, Assumptions
 from suite.projection.published_runs import Number, evaluate
 
-ITERATIONS = 10
-NUDGE = 0.01
-"""Share of its range by which a parameter is moved to see its effect."""
+STRIDES = (0.1, 0.05, 0.02, 0.01)
+"""Shares of a parameter's range by which it is moved."""
+ROUNDS = 6
+"""Of all parameters, at most, with each stride."""
 PRIOR = 0.01
 """Pull towards the middle of the range, as a relative error for a parameter at its end: it decides
 where the numbers do not."""
 
-Vector = NDArray[np.float64]
-
 
 def calibrate(assumptions: Assumptions, numbers: Sequence[Number]) -> Assumptions:
     """The assumptions with those marked `fitted` moved to where these numbers are met best."""
-    free = assumptions.fitted
-    position = np.array([(entry.value - entry.low) / (entry.high - entry.low) for entry in free])
-    best = _errors(assumptions, free, position, numbers)
-    for _ in range(ITERATIONS):
-        step = _step(assumptions, free, position, best, numbers)
-        for damping in (1.0, 0.5, 0.25, 0.1, 0.03):
-            moved = np.clip(position + damping * step, 0.0, 1.0)
-            errors = _errors(assumptions, free, moved, numbers)
-            if errors @ errors < best @ best - 1e-9:
-                position, best = moved, errors
+    best, least = assumptions, misfit(assumptions, numbers)
+    for stride in STRIDES:
+        for _ in range(ROUNDS):
+            before = least
+            for entry in assumptions.fitted:
+                for sign in (1, -1):
+                    moved = _moved(best, entry, sign * stride)
+                    error = misfit(moved, numbers)
+                    if error < least:
+                        best, least = moved, error
+                        break
+            if least == before:
                 break
-        else:
-            break
-    return _at(assumptions, free, position)
+    return best
 
 
-def _step(
-    assumptions: Assumptions,
-    free: Sequence[Assumption],
-    position: Vector,
-    errors: Vector,
-    numbers: Sequence[Number],
-) -> Vector:
-    columns = []
-    for index in range(len(free)):
-        nudge = NUDGE if position[index] + NUDGE <= 1 else -NUDGE
-        moved = position.copy()
-        moved[index] += nudge
-        columns.append((_errors(assumptions, free, moved, numbers) - errors) / nudge)
-    solution = np.linalg.lstsq(np.stack(columns, axis=1), -errors, rcond=None)[0]
-    return np.asarray(solution, dtype=np.float64)
+def misfit(assumptions: Assumptions, numbers: Sequence[Number]) -> float:
+    """Sum of the squared relative errors, and of the pull towards the middle of the ranges."""
+    rows = evaluate(assumptions, numbers)
+    errors = [row.projected / row.number.published - 1 for row in rows]
+    errors += [PRIOR * (2 * _share(entry) - 1) for entry in assumptions.fitted]
+    return sum(error * error for error in errors)
 
 
-def _errors(
-    assumptions: Assumptions, free: Sequence[Assumption], position: Vector, numbers: Sequence[Number]
-) -> Vector:
-    rows = evaluate(_at(assumptions, free, position), numbers)
-    relative = [row.projected / row.number.published - 1 for row in rows]
-    return np.array([*relative, *(PRIOR * (2 * position - 1))])
+def _share(entry: Assumption) -> float:
+    """Where in its range a value lies, 0 to 1."""
+    return (entry.value - entry.low) / (entry.high - entry.low)
 
 
-def _at(assumptions: Assumptions, free: Sequence[Assumption], position: Vector) -> Assumptions:
-    values = {
-        entry.name: float(entry.low + share * (entry.high - entry.low))
-        for entry, share in zip(free, position, strict=True)
-    }
-    return assumptions.with_values(values)
+def _moved(assumptions: Assumptions, entry: Assumption, by: float) -> Assumptions:
+    share = min(1.0, max(0.0, _share(assumptions.entries[entry.name]) + by))
+    return assumptions.with_values({entry.name: entry.low + share * (entry.high - entry.low)})

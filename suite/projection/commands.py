@@ -18,7 +18,7 @@ from suite.projection.assumptions import default_assumptions, keep
 from suite.projection.calibrate import calibrate
 from suite.projection.plan import make_plan
 from suite.projection.project import project
-from suite.projection.published_runs import evaluate, fit_numbers, projected_config
+from suite.projection.published_runs import evaluate, fit_numbers, projected_config, sensitivities
 from suite.projection.record import published_records, record_of, scaling_records
 from suite.projection.scaling import weak_scaling
 from suite.projection.trace import write_trace
@@ -32,6 +32,7 @@ class Question(Enum):
     SCALING = "scaling"
     PUBLISHED = "published"
     CALIBRATE = "calibrate"
+    SENSITIVITY = "sensitivity"
 
     @staticmethod
     def of(parsed: Namespace) -> Question:
@@ -39,7 +40,7 @@ class Question(Enum):
 
 
 def answer(
-    words: Sequence[str], question: Question, trace: Path | None = None
+    words: Sequence[str], question: Question, trace: Path | None = None, markdown: bool = False
 ) -> tuple[list[ProjectionRecord], RenderableType]:
     """Raises UsageError for what cannot be projected."""
     if question is Question.SCALING:
@@ -54,9 +55,20 @@ def answer(
     if question is Question.CALIBRATE:
         given = calibrate(given, fit_numbers())
         keep(given)
-    fitted = [f"{entry.name} = {entry.value:.4g}" for entry in given.fitted]
-    shown = Group(tables.published_table(evaluate(given)), Text("fitted: " + ", ".join(fitted)))
-    return published_records(given), shown
+    now = evaluate(given)
+    if question is Question.SENSITIVITY:
+        rows = tables.sensitivity_rows(sensitivities(given), now)
+        return published_records(given), _shown(tables.SENSITIVITY_COLUMNS, rows, markdown)
+    return published_records(given), Group(
+        _shown(tables.PUBLISHED_COLUMNS, tables.published_rows(now), markdown),
+        _shown(tables.ASSUMPTION_COLUMNS, tables.assumption_rows(list(given.entries.values())), markdown),
+    )
+
+
+def _shown(columns: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> RenderableType:
+    if markdown:
+        return Text(tables.markdown(columns, rows) + "\n", overflow="ignore", no_wrap=True)
+    return tables.table_of(columns, rows, "projected")
 
 
 def plan(model: str, cluster: str, gpus: int, global_batch: int | None) -> tuple[RenderableType, str]:

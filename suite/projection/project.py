@@ -187,12 +187,7 @@ def _memory(
         gradients=partition if method.shards_gradients else 1,
         optimizer=_optimizer_ranks(method, options, partition, hardware),
         gradient_bytes=method.gradient_bytes,
-        buffers=HALF
-        * (
-            sum(layout.root)
-            + method.live_blocks * sum(layout.block)
-            + method.set_aside * bucket / DEEPSPEED_BUCKET
-        ),
+        buffers=HALF * (whole + method.set_aside * bucket / DEEPSPEED_BUCKET),
     )
     return memory_of(
         model,

@@ -16,6 +16,7 @@ from suite.projection.project import Projection, project
 
 FITTED = "fitted"
 PREDICTED = "predicted"
+DERIVED = "follows from fitted"
 OLD_ZERO2 = "deepspeed-zero2-v0.5"
 OLD_ZERO3 = "deepspeed-zero3-v0.5"
 P3DN = ("workload=roberta-10b", "cluster=p3dn", "train.micro_batch=8", "train.micro_steps=8")
@@ -26,7 +27,7 @@ SMALL_BUCKETS = "impl.options.reduce_bucket_size=50000000"
 MICS = (SMALL_BUCKETS, "impl.options.prefetch_bucket_size=2000000000")
 """S2 does not state its prefetch: a block ahead is ours."""
 PARTITION_128 = "impl.options.partition_size=128"
-BATCH_100B = {"deepspeed-mics": 14, OLD_ZERO3: 10}
+BATCH_100B = {"deepspeed-mics": 14, OLD_ZERO3: 12}
 """The largest even micro-batches that fit 128 GPUs, as far as our own memory model knows."""
 
 
@@ -145,6 +146,7 @@ NUMBERS = (
         ("10B deepspeed-zero3 p4d 8", f"10B {OLD_ZERO3} p4d 8"),
         1.68,
         "S1",
+        DERIVED,
         unit="×",
     ),
     Number(
@@ -153,6 +155,7 @@ NUMBERS = (
         ("50B deepspeed-zero3 p4d 8", f"50B {OLD_ZERO3} p4d 8"),
         1.73,
         "S1",
+        DERIVED,
         unit="×",
     ),
     Number(
@@ -193,7 +196,7 @@ NUMBERS = (
 )
 """Every published number that a projection can be held against."""
 
-TOLERANCES = {FITTED: 0.05, PREDICTED: 0.10}
+TOLERANCES = {FITTED: 0.05, DERIVED: 0.10, PREDICTED: 0.10}
 """Relative errors aimed at."""
 EFFICIENCY_TOLERANCE = 3.0
 """Percentage points aimed at."""

@@ -10,10 +10,12 @@ from suite.projection.assumptions import Assumption
 from suite.projection.hardware import GIB
 from suite.projection.plan import Plan
 from suite.projection.project import Projection
-from suite.projection.published_runs import Comparison
+from suite.projection.published_runs import Comparison, Sensitivity
 from suite.projection.scaling import Curve
 
 PUBLISHED_COLUMNS = ("what", "source", "unit", "published", "projected", "error", "", "aim reached")
+ASSUMPTION_COLUMNS = ("assumption", "value", "range", "", "meaning")
+SENSITIVITY_COLUMNS = ("assumption", "moves most", "at the low end", "now", "at the high end")
 
 
 def projection_table(projection: Projection) -> Table:
@@ -91,13 +93,6 @@ def published_rows(rows: Sequence[Comparison]) -> list[tuple[str, ...]]:
     ]
 
 
-def published_table(rows: Sequence[Comparison]) -> Table:
-    table = Table(*PUBLISHED_COLUMNS, title="published and projected")
-    for row in published_rows(rows):
-        table.add_row(*row)
-    return table
-
-
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table as the documentation has it."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
@@ -115,6 +110,34 @@ def assumption_rows(entries: Sequence[Assumption]) -> list[tuple[str, ...]]:
         )
         for entry in entries
     ]
+
+
+def sensitivity_rows(moved: Sequence[Sensitivity], now: Sequence[Comparison]) -> list[tuple[str, ...]]:
+    """For every assumption the number that it moves most over its range."""
+    values = {row.number.what: row for row in now}
+    best: dict[str, tuple[float, Sensitivity]] = {}
+    for item in moved:
+        row = values[item.what]
+        if row.number.quantity == "memory":
+            continue
+        reach = abs(item.at_high - item.at_low) / row.projected
+        if item.assumption not in best or reach > best[item.assumption][0]:
+            best[item.assumption] = (reach, item)
+    rows: list[tuple[str, ...]] = []
+    for name, (_, item) in best.items():
+        row = values[item.what]
+        low, current, high = (
+            _value(row.number.quantity, value) for value in (item.at_low, row.projected, item.at_high)
+        )
+        rows.append((f"`{name}`", f"{item.what} ({row.number.unit})", low, current, high))
+    return rows
+
+
+def table_of(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _value(quantity: str, value: float) -> str:
