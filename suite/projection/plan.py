@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from suite.config import Config
 from suite.errors import UsageError
@@ -26,15 +26,15 @@ class Choice:
     hierarchical: bool
     world_optimizer: bool
 
-    def words(self) -> list[str]:
-        """As options of the command line."""
-        words = [
-            f"impl.options.partition_size={self.partition_size}",
-            f"impl.options.optimizer_sharding={'world' if self.world_optimizer else 'partition'}",
-            f"train.micro_batch={self.micro_batch}",
-            f"train.micro_steps={self.micro_steps}",
-        ]
-        return [*words, f"impl.options.hierarchical={str(self.hierarchical).lower()}"]
+    def applied_to(self, config: Config) -> Config:
+        """The configuration with this choice made."""
+        options = {
+            "partition_size": self.partition_size,
+            "optimizer_sharding": "world" if self.world_optimizer else "partition",
+            "hierarchical": self.hierarchical,
+        }
+        train = replace(config.train, micro_batch=self.micro_batch, micro_steps=self.micro_steps)
+        return replace(config, impl=replace(config.impl, options=options), train=train)
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ def make_plan(
     Raises UsageError when the GPUs do not fill nodes, the batch cannot be dealt out, or nothing fits.
     """
     given = assumptions or default_assumptions()
-    base = _base_words(model, cluster, gpus)
-    choices = list(_choices(projected_config(base), gpus, global_batch, given))
+    base = _base(model, cluster, gpus)
+    choices = list(_choices(base, gpus, global_batch, given))
     fitting: list[Candidate] = []
     short: dict[int, float] = {}
     for choice in choices:
-        config = projected_config([*base, *choice.words()])
+        config = choice.applied_to(base)
         memory = memory_for(config, given)
         if memory.fits:
             fitting.append(Candidate(choice, project(config, given)))
@@ -91,14 +91,14 @@ def make_plan(
     return Plan(tuple(fastest), tuple(_lost(ranked, short)), len(choices), len(choices) - len(fitting))
 
 
-def _base_words(model: str, cluster: str, gpus: int) -> list[str]:
+def _base(model: str, cluster: str, gpus: int) -> Config:
     words = ["impl=mics", f"workload={model}", f"cluster={cluster}"]
     config = projected_config(words)
     assert config.cluster is not None
     per_node = config.cluster.gpus_per_node
     if gpus < 1 or gpus % per_node:
         raise UsageError(f"--gpus {gpus} does not fill nodes of {cluster}; use a multiple of {per_node}")
-    return [*words, f"cluster.nodes={gpus // per_node}"]
+    return projected_config([*words, f"cluster.nodes={gpus // per_node}"])
 
 
 def _choices(config: Config, gpus: int, global_batch: int | None, given: Assumptions) -> Iterator[Choice]:
