@@ -73,6 +73,23 @@ def _parser() -> argparse.ArgumentParser:
         command = add(name, action, help)
         command.add_argument("options", nargs="*", metavar="KEY=VALUE", help="e.g. impl=ddp train.steps=3")
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    project = add("project", _project, "what a configuration would do on a cluster (a model, no run)")
+    project.add_argument("options", nargs="*", metavar="KEY=VALUE", help="e.g. impl=mics cluster=p4d")
+    project.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    project.add_argument("--out", type=Path, help="add the record(s) to this folder")
+    project.add_argument("--trace", type=Path, help="write the step's timeline as a Chrome trace")
+    what = project.add_mutually_exclusive_group()
+    what.add_argument("--scaling", action="store_true", help="weak scaling from 8 to 100,000 GPUs")
+    what.add_argument("--published", action="store_true", help="published numbers beside projected ones")
+    what.add_argument("--sensitivity", action="store_true", help="how far assumptions move the numbers")
+    project.add_argument("--markdown", action="store_true", help="those tables as the documentation has them")
+    what.add_argument("--calibrate", action="store_true", help="fit the assumptions and keep them")
+    plan = add("plan", _plan, "the fastest configurations of MiCS that fit a cluster's memory (projected)")
+    plan.add_argument("--model", required=True, help="a workload, e.g. bert-50b")
+    plan.add_argument("--cluster", required=True, help="e.g. p4d")
+    plan.add_argument("--gpus", required=True, type=int)
+    plan.add_argument("--global-batch", type=int, help="samples per step; 64 per GPU unless given")
+    plan.add_argument("--json", action="store_true", help="one JSON object on stdout")
     sweep = add("sweep", _sweep, "run a grid of configurations; finished cells are not run again")
     sweep.add_argument("file", type=Path)
     sweep.add_argument("options", nargs="*", metavar="KEY=VALUE", help="wins over the file")
@@ -119,6 +136,32 @@ def _check(parsed: argparse.Namespace) -> int:
     return 0 if result.ok else 1
 
 
+def _project(parsed: argparse.Namespace) -> int:
+    from suite.projection import commands
+
+    records, shown = commands.answer(
+        parsed.options, commands.Question.of(parsed), parsed.trace, parsed.markdown
+    )
+    for record in records if parsed.out is not None else ():
+        append(parsed.out / "records.jsonl", record)
+    if parsed.json:
+        print(commands.to_json(records))
+    else:
+        stdout.print(shown, soft_wrap=parsed.markdown)
+    return 0
+
+
+def _plan(parsed: argparse.Namespace) -> int:
+    from suite.projection import commands
+
+    shown, content = commands.plan(parsed.model, parsed.cluster, parsed.gpus, parsed.global_batch)
+    if parsed.json:
+        print(content)
+    else:
+        stdout.print(shown)
+    return 0
+
+
 def _keep(config: Config, record: AnyRecord) -> None:
     """Adds the record to `out` and logs it to W&B, when an output folder is named."""
     if config.out is not None:
@@ -129,12 +172,13 @@ def _keep(config: Config, record: AnyRecord) -> None:
 
 def _sweep(parsed: argparse.Namespace) -> int:
     from suite.harness.sweep import read_sweep, run_sweep
+    from suite.projection.record import project_record
     from suite.reports.build import terminal_table
 
     overrides = _overrides(parsed.options)
     cohorts = read_sweep(parsed.file, overrides)
     with _progress_bar() as observe:
-        outcome = run_sweep(cohorts, parsed.out, observe)
+        outcome = run_sweep(cohorts, parsed.out, observe, project_record)
     _log_to_wandb(parsed.out, cohorts[0].cells[0])
     stdout.print(terminal_table(read(parsed.out / "records.jsonl")))
     stderr.print(

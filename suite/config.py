@@ -106,7 +106,8 @@ class ClusterConfig:
 
     `peak_tflops`: dense half precision with tensor cores, per GPU; `kernel_efficiency`: the share of it
     that a transformer block's kernels reach when they wait for nothing. `intra_node_gb_s`: per GPU,
-    gigabytes/s through NVLink or what there is. `inter_node_gbit_s`: per node, gigabits/s.
+    gigabytes/s through NVLink or what there is. `inter_node_gbit_s`: per node, gigabits/s. `network`
+    names the kind of network between nodes, whose efficiency is assumed in `configs/projection.yaml`.
     """
 
     name: str = "p3dn"
@@ -119,6 +120,7 @@ class ClusterConfig:
     memory_gb_s: float = 900.0
     intra_node_gb_s: float = 150.0
     intra_node_latency_us: float = 5.0
+    network: str = "efa-100g"
     inter_node_gbit_s: float = 100.0
     inter_node_latency_us: float = 20.0
 

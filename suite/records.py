@@ -16,6 +16,7 @@ from suite.errors import UsageError
 
 RUN_SCHEMA = "run/1"
 CHECK_SCHEMA = "check/1"
+PROJECTION_SCHEMA = "projection/1"
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,55 @@ class CheckRecord:
     schema: str = CHECK_SCHEMA
 
 
-AnyRecord = Record | CheckRecord
+@dataclass(frozen=True)
+class ProjectionRecord:
+    """One step that a model has computed and nobody has run; `evidence` is always `projected`.
+
+    Units as in `Record`; bytes and seconds are per step. `compute_s` is what the GPU is busy,
+    `exposed_comm_s` what it waits. `memory` holds bytes by what they are for, and the limit.
+    `assumptions` are the numbers that the model took for granted, by name. A record that stands for a
+    published number carries it in `published`: what, quantity, role (fitted or predicted), the
+    published and the projected value, error, source, and what of the conditions is ours.
+    """
+
+    impl: str
+    workload: str
+    cluster: str
+    world_size: int
+    nodes: int
+    ranks_per_node: int
+    partition_size: int | None
+    hierarchical: bool
+    micro_batch: int
+    micro_steps: int
+    seq_len: int
+    precision: str
+    activation_checkpointing: bool
+    n_params: int
+    step_time_s: float
+    compute_s: float
+    exposed_comm_s: float
+    samples_per_s: float
+    model_tflops_per_gpu: float
+    hardware_tflops_per_gpu: float
+    share_of_peak: float
+    inter_node_bytes_per_node: float
+    bytes_sent_per_rank: float
+    memory: dict[str, float]
+    fits_memory: bool
+    assumptions: dict[str, float]
+    config: dict[str, Any]
+    config_hash: str
+    started_at: str
+    published: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+    env: dict[str, Any] = field(default_factory=dict)
+    stage: str = ""
+    evidence: str = "projected"
+    schema: str = PROJECTION_SCHEMA
+
+
+AnyRecord = Record | CheckRecord | ProjectionRecord
 
 
 def to_json(record: AnyRecord) -> str:
@@ -135,7 +184,11 @@ def from_json(line: str) -> AnyRecord:
     """Raises UsageError when the line is not a record of a schema that this version knows."""
     try:
         values = json.loads(line)
-        kinds = {RUN_SCHEMA: Record, CHECK_SCHEMA: CheckRecord}
+        kinds: dict[str, type[AnyRecord]] = {
+            RUN_SCHEMA: Record,
+            CHECK_SCHEMA: CheckRecord,
+            PROJECTION_SCHEMA: ProjectionRecord,
+        }
         kind = kinds[values["schema"]]
         known = {item.name for item in fields(kind)}
         values = {key: value for key, value in values.items() if key in known}

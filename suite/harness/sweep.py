@@ -1,6 +1,6 @@
 """A grid of runs and checks from one YAML file, resumable cell by cell.
 
-A sweep file holds `stages`, each with a `kind` (`run` or `check`), the `impls`, a `base` (any
+A sweep file holds `stages`, each with a `kind` (`run`, `check` or `project`), the `impls`, a `base` (any
 configuration keys) and a `grid` (dotted key -> values). Every combination of the grid is one
 cohort: all implementations on exactly the same training, timed in turns when `kind` is `run`.
 """
@@ -21,9 +21,9 @@ from suite.config import SHORT_KEYS, Config, load
 from suite.errors import SuiteError, UsageError, unknown
 from suite.harness.check import References, check
 from suite.harness.measure import Failure, measure
-from suite.records import CheckRecord, Record, append, read
+from suite.records import AnyRecord, CheckRecord, ProjectionRecord, Record, append, read
 
-KINDS = ("run", "check")
+KINDS = ("run", "check", "project")
 RECORDS = "records.jsonl"
 
 
@@ -63,7 +63,7 @@ class Progress:
 class Outcome:
     """What a sweep did: `finished` in this call, `skipped` because they were finished before."""
 
-    finished: list[Record | CheckRecord] = field(default_factory=list)
+    finished: list[AnyRecord] = field(default_factory=list)
     skipped: int = 0
     failures: list[Failure] = field(default_factory=list)
 
@@ -136,10 +136,14 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def run_sweep(
-    cohorts: Sequence[Cohort], out: Path, observe: Callable[[Progress], None] = lambda _: None
+    cohorts: Sequence[Cohort],
+    out: Path,
+    observe: Callable[[Progress], None] = lambda _: None,
+    project: Callable[[Config], ProjectionRecord] | None = None,
 ) -> Outcome:
     """Runs what `out/records.jsonl` does not hold yet and adds it there, cohort by cohort.
 
+    `project` answers the cells of kind `project`: the model is another room of the house.
     A cell that fails is reported in the outcome and tried again by the next call; the rest goes on.
     """
     file = out / RECORDS
@@ -153,7 +157,7 @@ def run_sweep(
             todo.append(Cohort(cohort.stage, cohort.kind, left))
     clock = _Clock(sum(len(cohort.cells) for cohort in todo), observe)
     for cohort in todo:
-        for result in _run_cohort(cohort, clock):
+        for result in _run_cohort(cohort, clock, project):
             if isinstance(result, Failure):
                 outcome.failures.append(result)
             else:
@@ -182,23 +186,39 @@ class _Clock:
         self.say(doing)
 
 
-def _run_cohort(cohort: Cohort, clock: _Clock) -> Iterable[Record | CheckRecord | Failure]:
+def _run_cohort(
+    cohort: Cohort, clock: _Clock, project: Callable[[Config], ProjectionRecord] | None
+) -> Iterable[AnyRecord | Failure]:
     if cohort.kind == "run":
         results = measure(cohort.cells, lambda text: clock.say(f"{cohort.title()}: {text}"))
         clock.finished(len(cohort.cells), cohort.title())
         yield from results
         return
+    if cohort.kind == "project":
+        if project is None:
+            raise UsageError(f"stage {cohort.stage!r} projects; run it with the `suite sweep` command")
+        yield from _each(cohort, clock, project)
+        return
     with References() as references:
-        for cell in cohort.cells:
-            clock.say(f"{cohort.title()}: checking {cell.impl.name}")
-            try:
-                result: CheckRecord | Failure = check(cell, references)
-            except SuiteError as error:
-                result = Failure(cell, error)
-            clock.finished(1, cohort.title())
-            yield result
+        yield from _each(cohort, clock, lambda cell: check(cell, references))
 
 
-def _identity(record: Record | CheckRecord) -> tuple[str, str, str]:
+def _each(
+    cohort: Cohort, clock: _Clock, answer: Callable[[Config], AnyRecord]
+) -> Iterable[AnyRecord | Failure]:
+    for cell in cohort.cells:
+        clock.say(f"{cohort.title()}: {cohort.kind}ing {cell.impl.name}")
+        try:
+            result: AnyRecord | Failure = answer(cell)
+        except SuiteError as error:
+            result = Failure(cell, error)
+        clock.finished(1, cohort.title())
+        yield result
+
+
+_KIND_OF = {Record: "run", CheckRecord: "check", ProjectionRecord: "project"}
+
+
+def _identity(record: AnyRecord) -> tuple[str, str, str]:
     """The same configuration may be a cell of several stages: a yardstick is measured in each."""
-    return ("run" if isinstance(record, Record) else "check", record.stage, record.config_hash)
+    return (_KIND_OF[type(record)], record.stage, record.config_hash)

@@ -1,0 +1,56 @@
+"""Fits the few free assumptions to the stated subset of published numbers; the rest stays prediction.
+
+A pattern search: each parameter in turn is moved up and down inside its plausible range, by ever
+smaller shares of it. It needs no derivatives, which have kinks wherever the compute begins to wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from suite.projection.assumptions import Assumption, Assumptions
+from suite.projection.published_runs import Number, evaluate
+
+STRIDES = (0.1, 0.05, 0.02, 0.01)
+"""Shares of a parameter's range by which it is moved."""
+ROUNDS = 6
+"""Of all parameters, at most, with each stride."""
+PRIOR = 0.01
+"""Pull towards the middle of the range, as a relative error for a parameter at its end: it decides
+where the numbers do not."""
+
+
+def calibrate(assumptions: Assumptions, numbers: Sequence[Number]) -> Assumptions:
+    """The assumptions with those marked `fitted` moved to where these numbers are met best."""
+    best, least = assumptions, misfit(assumptions, numbers)
+    for stride in STRIDES:
+        for _ in range(ROUNDS):
+            before = least
+            for entry in assumptions.fitted:
+                for sign in (1, -1):
+                    moved = _moved(best, entry, sign * stride)
+                    error = misfit(moved, numbers)
+                    if error < least:
+                        best, least = moved, error
+                        break
+            if least == before:
+                break
+    return best
+
+
+def misfit(assumptions: Assumptions, numbers: Sequence[Number]) -> float:
+    """Sum of the squared relative errors, and of the pull towards the middle of the ranges."""
+    rows = evaluate(assumptions, numbers)
+    errors = [row.projected / row.number.published - 1 for row in rows]
+    errors += [PRIOR * (2 * _share(entry) - 1) for entry in assumptions.fitted]
+    return sum(error * error for error in errors)
+
+
+def _share(entry: Assumption) -> float:
+    """Where in its range a value lies, 0 to 1."""
+    return (entry.value - entry.low) / (entry.high - entry.low)
+
+
+def _moved(assumptions: Assumptions, entry: Assumption, by: float) -> Assumptions:
+    share = min(1.0, max(0.0, _share(assumptions.entries[entry.name]) + by))
+    return assumptions.with_values({entry.name: entry.low + share * (entry.high - entry.low)})

@@ -1,0 +1,96 @@
+"""What `suite project` and `suite plan` answer: records, and something to look at."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from suite import records
+from suite.projection import tables
+from suite.projection.assumptions import default_assumptions, keep
+from suite.projection.calibrate import calibrate
+from suite.projection.plan import make_plan
+from suite.projection.project import project
+from suite.projection.published_runs import evaluate, fit_numbers, projected_config, sensitivities
+from suite.projection.record import published_records, record_of, scaling_records
+from suite.projection.scaling import weak_scaling
+from suite.projection.trace import write_trace
+from suite.records import ProjectionRecord
+
+
+class Question(Enum):
+    """What is asked of `suite project`."""
+
+    STEP = "step"
+    SCALING = "scaling"
+    PUBLISHED = "published"
+    CALIBRATE = "calibrate"
+    SENSITIVITY = "sensitivity"
+
+    @staticmethod
+    def of(parsed: Namespace) -> Question:
+        return next((item for item in Question if getattr(parsed, item.value, False)), Question.STEP)
+
+
+def answer(
+    words: Sequence[str], question: Question, trace: Path | None = None, markdown: bool = False
+) -> tuple[list[ProjectionRecord], RenderableType]:
+    """Raises UsageError for what cannot be projected."""
+    if question is Question.SCALING:
+        curve = weak_scaling(projected_config(words))
+        return scaling_records(curve), tables.scaling_table(curve)
+    if question is Question.STEP:
+        projection = project(projected_config(words), timeline=trace is not None)
+        if trace is not None:
+            write_trace(trace, projection.spans, projection.config.impl.name)
+        return [record_of(projection)], tables.projection_table(projection)
+    given = default_assumptions()
+    if question is Question.CALIBRATE:
+        given = calibrate(given, fit_numbers())
+        keep(given)
+    now = evaluate(given)
+    if question is Question.SENSITIVITY:
+        rows = tables.sensitivity_rows(sensitivities(given), now)
+        return published_records(given), _shown(tables.SENSITIVITY_COLUMNS, rows, markdown)
+    return published_records(given), Group(
+        _shown(tables.PUBLISHED_COLUMNS, tables.published_rows(now), markdown),
+        _shown(tables.ASSUMPTION_COLUMNS, tables.assumption_rows(list(given.entries.values())), markdown),
+    )
+
+
+def _shown(columns: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> RenderableType:
+    if markdown:
+        return Text(tables.markdown(columns, rows) + "\n", overflow="ignore", no_wrap=True)
+    return tables.table_of(columns, rows, "projected")
+
+
+def plan(model: str, cluster: str, gpus: int, global_batch: int | None) -> tuple[RenderableType, str]:
+    """The fastest configurations as a table and as JSON. Raises UsageError when nothing fits."""
+    found = make_plan(model, cluster, gpus, global_batch)
+    summary = f"{found.tried} configurations tried, {found.out_of_memory} do not fit memory.\n" + "\n".join(
+        found.lost
+    )
+    content = {
+        "evidence": "projected",
+        "fastest": [
+            {"choice": asdict(item.choice), "reason": item.reason, **asdict(record_of(item.projection))}
+            for item in found.fastest
+        ],
+        "lost": list(found.lost),
+        "tried": found.tried,
+        "out_of_memory": found.out_of_memory,
+    }
+    return Group(tables.plan_table(found), Text(summary)), json.dumps(content)
+
+
+def to_json(rows: Sequence[ProjectionRecord]) -> str:
+    """One object: the record, or all of them as `records`."""
+    lines = [records.to_json(row) for row in rows]
+    return lines[0] if len(lines) == 1 else '{"records": [' + ", ".join(lines) + "]}"

@@ -1,0 +1,115 @@
+"""Projections as records: rows that the reports read beside the measured ones."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from suite.projection.assumptions import Assumptions, default_assumptions
+from suite.projection.project import Projection, project
+from suite.projection.published_runs import Comparison, evaluate, project_runs
+from suite.projection.scaling import Curve
+from suite.records import ProjectionRecord
+
+PUBLISHED_STAGE = "published runs"
+SCALING_STAGE = "weak scaling"
+
+
+def record_of(
+    projection: Projection,
+    assumptions: Assumptions | None = None,
+    published: dict[str, Any] | None = None,
+    notes: tuple[str, ...] = (),
+    stage: str = "",
+) -> ProjectionRecord:
+    """The projection as one flat row."""
+    config, cluster, memory = projection.config, projection.config.cluster, projection.memory
+    assert cluster is not None, "a projection has a cluster"
+    return ProjectionRecord(
+        impl=config.impl.name,
+        workload=config.workload.name,
+        cluster=cluster.name,
+        world_size=projection.world_size,
+        nodes=cluster.nodes,
+        ranks_per_node=cluster.gpus_per_node,
+        partition_size=projection.partition_size,
+        hierarchical=projection.hierarchical,
+        micro_batch=config.train.micro_batch,
+        micro_steps=config.train.micro_steps,
+        seq_len=config.workload.model.seq_len,
+        precision=config.train.precision,
+        activation_checkpointing=config.train.activation_checkpointing,
+        n_params=projection.n_params,
+        step_time_s=projection.step_s,
+        compute_s=projection.compute_s,
+        exposed_comm_s=projection.exposed_s,
+        samples_per_s=projection.samples_per_s,
+        model_tflops_per_gpu=projection.model_tflops_per_gpu,
+        hardware_tflops_per_gpu=projection.hardware_tflops_per_gpu,
+        share_of_peak=projection.share_of_peak,
+        inter_node_bytes_per_node=projection.node_bytes,
+        bytes_sent_per_rank=projection.sent_bytes,
+        memory={**asdict(memory), "total": memory.total},
+        fits_memory=memory.fits,
+        assumptions=(assumptions or default_assumptions()).values(),
+        config=config.to_dict(),
+        config_hash=config.hash(),
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        published=published,
+        notes=list(notes),
+        stage=stage,
+    )
+
+
+def project_record(config: Any) -> ProjectionRecord:
+    """A configuration's projection as a record. Raises UsageError for what cannot be."""
+    return record_of(project(config))
+
+
+def published_records(assumptions: Assumptions | None = None) -> list[ProjectionRecord]:
+    """One record per published number, of the (first) run behind it."""
+    given = assumptions or default_assumptions()
+    projections = project_runs(given)
+    return [
+        record_of(
+            projections[row.number.runs[0]],
+            given,
+            _published(row),
+            (f"not stated by the source: {row.unstated}",) if row.unstated else (),
+            PUBLISHED_STAGE,
+        )
+        for row in evaluate(given)
+    ]
+
+
+def scaling_records(curve: Curve) -> list[ProjectionRecord]:
+    """One record per cluster size; its efficiency and where the method stops are notes."""
+    stops = "scales to the largest" if curve.stops_at is None else f"stops scaling at {curve.stops_at} GPUs"
+    return [
+        record_of(
+            point.projection,
+            notes=(
+                "does not fit memory" if point.efficiency is None else f"efficiency {point.efficiency:.4f}",
+                stops,
+            ),
+            stage=SCALING_STAGE,
+        )
+        for point in curve.points
+    ]
+
+
+def _published(row: Comparison) -> dict[str, Any]:
+    number = row.number
+    return {
+        "what": number.what,
+        "quantity": number.quantity,
+        "unit": number.unit,
+        "role": number.role,
+        "source": number.source,
+        "published": number.published,
+        "projected": row.projected,
+        "error": row.error,
+        "within": row.within,
+        "unstated": row.unstated,
+    }

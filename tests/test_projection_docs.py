@@ -1,0 +1,27 @@
+"""The documentation shows what the commands answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from suite.projection.assumptions import default_assumptions
+from suite.projection.published_runs import evaluate
+from suite.projection.tables import (
+    ASSUMPTION_COLUMNS,
+    PUBLISHED_COLUMNS,
+    assumption_rows,
+    markdown,
+    published_rows,
+)
+
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "projection.md"
+
+
+def test_the_published_table_is_the_one_that_the_command_prints() -> None:
+    table = markdown(PUBLISHED_COLUMNS, published_rows(evaluate()))
+    assert table in DOCS.read_text(), "write it anew: suite project --published --markdown"
+
+
+def test_the_assumptions_are_listed_with_their_values_and_ranges() -> None:
+    entries = list(default_assumptions().entries.values())
+    assert markdown(ASSUMPTION_COLUMNS, assumption_rows(entries)) in DOCS.read_text()
