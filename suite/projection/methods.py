@@ -42,7 +42,7 @@ class Method:
     live_blocks: int = 3
 
 
-ENGINE = Sharded(keeps_turn=True, overlapping_hooks=True, align=64)
+ENGINE = Sharded(keeps_turn=True, overlapping_hooks=True, chained=True, align=64)
 UNOPTIMIZED = Sharded(
     ON_DEMAND,
     keeps_turn=True,
