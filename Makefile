@@ -1,7 +1,8 @@
 # The two commands: `make reproduce-vldb` and `make test`. Each sets up what it needs by itself.
 
 PYTHON  ?= python3
-PROFILE ?= standard
+FULL    ?=
+PROFILE ?= $(if $(FULL),full,standard)
 RESULTS ?= results/$(PROFILE)
 REPORT  ?= report
 VENV    := .venv
@@ -13,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: help setup reproduce-vldb report test test-all bench lint format clean
 
 help:
-	@echo 'make reproduce-vldb           train, check, measure and write report/index.html (PROFILE=quick: minutes)'
+	@echo 'make reproduce-vldb           train, check, measure and write report/index.html (PROFILE=quick: minutes; FULL=1: an hour and more)'
 	@echo 'make test                     the quick tests       make test-all   also the slow ones'
 	@echo 'make lint | format | bench    ruff and mypy | ruff format | microbenchmarks'
 
