@@ -49,7 +49,7 @@ def project_emulated(config: Config, cluster: EmulatedCluster) -> Machine:
         checkpointing=config.train.activation_checkpointing,
         element_bytes=ELEMENT_BYTES[config.train.precision],
         optimizer_s=cluster.optimizer_s,
-        hierarchical=bool(options.hierarchical),
+        hierarchical=method.hierarchical if options.hierarchical is None else options.hierarchical,
         two_hop=options.two_hop,
         world_optimizer=options.optimizer_sharding == "world",
     )
