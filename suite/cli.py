@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     what = project.add_mutually_exclusive_group()
     what.add_argument("--scaling", action="store_true", help="weak scaling from 8 to 100,000 GPUs")
     what.add_argument("--published", action="store_true", help="published numbers beside projected ones")
+    what.add_argument("--emulated", type=Path, help="hold projections against this folder's emulated records")
     what.add_argument("--sensitivity", action="store_true", help="how far assumptions move the numbers")
     project.add_argument("--markdown", action="store_true", help="those tables as the documentation has them")
     what.add_argument("--calibrate", action="store_true", help="fit the assumptions and keep them")
@@ -139,6 +140,9 @@ def _check(parsed: argparse.Namespace) -> int:
 def _project(parsed: argparse.Namespace) -> int:
     from suite.projection import commands
 
+    if parsed.emulated is not None:
+        stdout.print(commands.against_emulation(_read_results(parsed.emulated), parsed.markdown))
+        return 0
     records, shown = commands.answer(
         parsed.options, commands.Question.of(parsed), parsed.trace, parsed.markdown
     )

@@ -70,6 +70,7 @@ def config(
                 "seq_len": 64,
             },
             "data": "python-docs",
+            "scale_of": None,
         },
         "train": {
             "micro_batch": 2,
@@ -89,9 +90,11 @@ def config(
             "ranks": 4,
             "nodes": 4 // ranks_per_node,
             "ranks_per_node": ranks_per_node,
+            "dilation": None,
             "timeout_s": 120.0,
             "startup_timeout_s": 300.0,
         },
+        "cluster": None,
         "wandb": {"mode": "offline", "entity": None, "project": "sharded-data-parallel"},
         "out": None,
     }

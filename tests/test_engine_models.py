@@ -97,7 +97,7 @@ class Program:
         return found
 
     def losses(self) -> list[float]:
-        """Of 20 steps with everything that could be in another order the next time."""
+        """Of 50 steps with everything that could be in another order the next time."""
         torch.manual_seed(0)
         model = build_model(SMALL, seed=0)
         engine = shard(
@@ -108,7 +108,7 @@ class Program:
             ranks_per_node=1,
         )
         found = []
-        for step in range(20):
+        for step in range(50):
             tokens = (TOKENS + step + self._rank) % 97
             loss = engine.model(input_ids=tokens, labels=tokens).loss
             engine.backward(loss / self._size)

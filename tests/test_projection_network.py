@@ -56,12 +56,6 @@ def test_groups_that_share_a_node_share_its_link() -> None:
     assert node_bytes(shared) == pytest.approx(8 * node_bytes(alone))
 
 
-def test_messages_between_all_pairs_leave_a_node_once_per_remote_rank() -> None:
-    direct = replace(PLAIN, direct=True)
-    # 4 local ranks each send an eighth to each of 4 remote ones.
-    assert node_bytes(Collective(Kind.ALL_GATHER, 8.0, Group(2, 4)), direct) == pytest.approx(16)
-
-
 def test_groups_that_fit_no_node_are_refused() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         make_groups(24, 8, 12)

@@ -141,7 +141,7 @@ def test_a_failed_cell_is_reported_and_tried_again_next_time(
     cohorts: list[Cohort] = read_sweep(sweep_file)
     check = sweep_module.check
 
-    def fails(config: object) -> None:
+    def fails(config: object, references: object) -> None:
         raise RankError("rank 1 failed")
 
     monkeypatch.setattr(sweep_module, "check", fails)

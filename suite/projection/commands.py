@@ -14,6 +14,7 @@ from rich.text import Text
 
 from suite import records
 from suite.projection import tables
+from suite.projection.against_emulation import compare
 from suite.projection.assumptions import default_assumptions, keep
 from suite.projection.calibrate import calibrate
 from suite.projection.plan import make_plan
@@ -22,7 +23,7 @@ from suite.projection.published_runs import evaluate, fit_numbers, projected_con
 from suite.projection.record import published_records, record_of, scaling_records
 from suite.projection.scaling import weak_scaling
 from suite.projection.trace import write_trace
-from suite.records import ProjectionRecord
+from suite.records import AnyRecord, ProjectionRecord
 
 
 class Question(Enum):
@@ -63,6 +64,12 @@ def answer(
         _shown(tables.PUBLISHED_COLUMNS, tables.published_rows(now), markdown),
         _shown(tables.ASSUMPTION_COLUMNS, tables.assumption_rows(list(given.entries.values())), markdown),
     )
+
+
+def against_emulation(measured: Sequence[AnyRecord], markdown: bool = False) -> RenderableType:
+    """Every record of the engine on an emulated cluster beside its projection. Raises UsageError when
+    there are none."""
+    return _shown(tables.EMULATION_COLUMNS, tables.emulation_rows(compare(measured)), markdown)
 
 
 def _shown(columns: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> RenderableType:

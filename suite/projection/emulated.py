@@ -23,8 +23,7 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 @dataclass(frozen=True)
 class EmulatedCluster:
     """`node_bytes_s`: what a node's shaped link carries per direction; `local_bytes_s`: what one rank
-    reaches inside its node. `optimizer_s` and `costs` are the paced times. `direct`: collectives are
-    the engine's messages between all pairs instead of rings."""
+    reaches inside its node. `optimizer_s` and `costs` are the paced times."""
 
     nodes: int
     ranks_per_node: int
@@ -34,7 +33,6 @@ class EmulatedCluster:
     local_latency_s: float
     costs: Costs
     optimizer_s: float
-    direct: bool = True
 
 
 def project_emulated(config: Config, cluster: EmulatedCluster) -> Machine:
@@ -51,7 +49,7 @@ def project_emulated(config: Config, cluster: EmulatedCluster) -> Machine:
         checkpointing=config.train.activation_checkpointing,
         element_bytes=ELEMENT_BYTES[config.train.precision],
         optimizer_s=cluster.optimizer_s,
-        hierarchical=bool(options.hierarchical),
+        hierarchical=method.hierarchical if options.hierarchical is None else options.hierarchical,
         two_hop=options.two_hop,
         world_optimizer=options.optimizer_sharding == "world",
     )
@@ -73,5 +71,4 @@ def _hardware(cluster: EmulatedCluster) -> Hardware:
         intra=Link(cluster.local_bytes_s, cluster.local_latency_s),
         inter=Link(cluster.node_bytes_s, cluster.node_latency_s),
         launch_s=0.0,
-        direct=cluster.direct,
     )

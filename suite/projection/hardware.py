@@ -24,8 +24,7 @@ class Hardware:
 
     `flops_s` is what large matrix products reach, `peak_flops_s` what the data sheet promises;
     `tile` is the edge below which a matrix dimension no longer fills the GPU. `launch_s`: from the
-    call of a collective on the host to its first byte. `direct`: collectives are messages between all
-    pairs of ranks instead of rings (the engine's own on a CPU).
+    call of a collective on the host to its first byte.
     """
 
     name: str
@@ -39,7 +38,6 @@ class Hardware:
     intra: Link
     inter: Link
     launch_s: float
-    direct: bool = False
 
     @property
     def world_size(self) -> int:

@@ -42,7 +42,7 @@ class Method:
     live_blocks: int = 3
 
 
-ENGINE = Sharded(keeps_turn=True, overlapping_hooks=True, align=64)
+ENGINE = Sharded(keeps_turn=True, overlapping_hooks=True, chained=True, align=64)
 UNOPTIMIZED = Sharded(
     ON_DEMAND,
     keeps_turn=True,
@@ -100,6 +100,7 @@ METHODS: dict[str, Method] = {
     "fairscale-fsdp": Method(Sharded(reduce_bucket=13_107_200, in_flight=1), gradient_bytes=4),
     "fsdp2": Method(Sharded(in_flight=1), gradient_bytes=4),
     "hsdp": Method(Sharded(in_flight=1), groups=True, gradient_bytes=4),
+    "fsdp2-mics": Method(Sharded(in_flight=1), groups=True, hierarchical=True, gradient_bytes=4),
     "zero3": Method(ENGINE, gradient_bytes=4, live_blocks=5),
     "zero3-unoptimized": Method(UNOPTIMIZED, gradient_bytes=4),
     "mics": Method(ENGINE, groups=True, hierarchical=True, gradient_bytes=4, live_blocks=5),

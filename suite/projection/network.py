@@ -119,10 +119,6 @@ def _ring(nbytes: float, group: Group, hardware: Hardware) -> Stage:
     """Each rank passes on all but one of the group's chunks; a reduction or broadcast to or from one
     rank is pipelined around the same ring and passes (nearly) as much."""
     passed = nbytes * (group.size - 1) / group.size
-    if hardware.direct:
-        far = group.per_node * (group.size - group.per_node) / group.size
-        latency = (hardware.inter if group.nodes > 1 else hardware.intra).latency_s
-        return _stage(passed, nbytes * far, latency, group, hardware)
     hops_out = min(group.nodes, group.size - 1) if group.nodes > 1 else 0
     latency = hops_out * hardware.inter.latency_s + (group.size - 1 - hops_out) * hardware.intra.latency_s
     return _stage(passed, passed, latency, group, hardware)

@@ -34,7 +34,8 @@ class Sharded:
     one call, otherwise one per parameter. `blocking`: every collective is waited for by the host
     where it is issued. Parameters below `persistent_below` elements are never gathered.
     `reduce_bucket` (elements) collects gradients of several units; 0 sends each unit's alone.
-    `in_flight` reductions may be on their way. `align`: shards are multiples of so many elements.
+    `in_flight` reductions may be on their way. `chained`: hop 2 follows hop 1 by itself, not when the
+    compute comes to settle it. `align`: shards are multiples of so many elements.
     `decides` and `stalls`: pays the
     assumed host time per fetched unit, and the assumed allocator stalls.
     `flattens`: collectives work on lists, with copies before or after.
@@ -50,6 +51,7 @@ class Sharded:
     persistent_below: int = 0
     reduce_bucket: int = 0
     in_flight: int = 2
+    chained: bool = False
     align: int = 1
     decides: bool = False
     stalls: bool = False
@@ -267,6 +269,8 @@ class _ShardedMicroStep:
             yield Start(key, Collective(Kind.REDUCE_SCATTER, nbytes, group, self.job.hierarchical))
             yield from self._block(key)
             self.flying.append((key, nbytes))
+            if self.method.chained:
+                yield from self._hop2(key, nbytes, after=key)
         yield from self._settle(self.method.in_flight * max(1, len(messages)))
 
     def _flatten(self, parts: Sequence[float]) -> Iterator[Instruction]:
@@ -278,13 +282,17 @@ class _ShardedMicroStep:
         while len(self.flying) > in_flight:
             key, nbytes = self.flying.popleft()
             yield Wait(key)
-            if self.synchronizes and self.job.groups.replication.size > 1:
-                shard = nbytes / self.job.element_bytes / self.job.groups.partition.size
-                kind = Kind.REDUCE_SCATTER if self.job.world_optimizer else Kind.ALL_REDUCE
-                self.second.append(("hop 2", *key))
-                whole = Collective(kind, self.job.element_bytes * shard, self.job.groups.replication)
-                yield Start(self.second[-1], whole)
-                yield from self._block(self.second[-1])
+            if not self.method.chained:
+                yield from self._hop2(key, nbytes, after=None)
+
+    def _hop2(self, key: Key, nbytes: float, after: Key | None) -> Iterator[Instruction]:
+        if self.synchronizes and self.job.groups.replication.size > 1:
+            shard = nbytes / self.job.element_bytes / self.job.groups.partition.size
+            kind = Kind.REDUCE_SCATTER if self.job.world_optimizer else Kind.ALL_REDUCE
+            self.second.append(("hop 2", *key))
+            whole = Collective(kind, self.job.element_bytes * shard, self.job.groups.replication)
+            yield Start(self.second[-1], whole, after)
+            yield from self._block(self.second[-1])
 
     def _messages(self, parts: Sequence[float]) -> list[float]:
         """Bytes of each call that moves these parameters, padded to equal shards."""

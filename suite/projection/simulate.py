@@ -25,10 +25,12 @@ class Compute:
 
 @dataclass(frozen=True)
 class Start:
-    """Issues a collective, which starts behind the compute that was issued before it."""
+    """Issues a collective, which starts behind the compute that was issued before it, and behind the
+    collective `after`, of which it is a continuation."""
 
     key: Key
     collective: Collective
+    after: Key | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class Machine:
         self._record("compute", item.name, start, self.compute_s)
 
     def _start(self, item: Start) -> None:
-        at = max(self.compute_s, self.host_s)
+        at = max(self.compute_s, self.host_s, 0.0 if item.after is None else self.ends_s[item.after])
         for stage in self.cost(item.collective):
             start = max(at, self.wires_s[stage.wire])
             at = start + stage.seconds

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from suite.projection.against_emulation import Comparison as EmulationComparison
 from suite.projection.assumptions import Assumption
 from suite.projection.hardware import GIB
 from suite.projection.plan import Plan
@@ -15,6 +16,16 @@ from suite.projection.scaling import Curve
 
 PUBLISHED_COLUMNS = ("what", "source", "unit", "published", "projected", "error", "", "aim reached")
 ASSUMPTION_COLUMNS = ("assumption", "value", "range", "", "meaning")
+EMULATION_COLUMNS = (
+    "method",
+    "nodes",
+    "micro-steps",
+    "step, s: emulated",
+    "projected",
+    "error",
+    "MB/node",
+    "error",
+)
 SENSITIVITY_COLUMNS = ("assumption", "moves most", "at the low end", "now", "at the high end")
 
 
@@ -88,6 +99,23 @@ def published_rows(rows: Sequence[Comparison]) -> list[tuple[str, ...]]:
             _error(row),
             row.number.role,
             "yes" if row.within else "no",
+        )
+        for row in rows
+    ]
+
+
+def emulation_rows(rows: Sequence[EmulationComparison]) -> list[tuple[str, ...]]:
+    """Emulated and projected steps, in undilated time, and what a node sends."""
+    return [
+        (
+            " ".join((row.impl, row.options)).strip(),
+            str(row.nodes),
+            str(row.micro_steps),
+            f"{row.measured_s:.3f}",
+            f"{row.projected_s:.3f}",
+            f"{row.time_error:+.1%}",
+            f"{row.measured_node_bytes / 1e6:.2f}",
+            f"{row.bytes_error:+.2%}",
         )
         for row in rows
     ]

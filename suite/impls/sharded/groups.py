@@ -75,9 +75,9 @@ Flat = type[DirectCollectives | RingCollectives | NativeCollectives]
 def _flat_kind(options: EngineOptions, device: torch.device, ring: bool) -> Flat:
     if not options.preflattened:
         return FlatteningCollectives
-    if device.type != "cpu" or options.stock_collectives:
+    if device.type != "cpu" or dist.get_backend() != "gloo" or options.stock_collectives:
         return NativeCollectives
-    # gloo, the backend of the CPU, is served better by point-to-point messages than by itself.
+    # gloo is served better by point-to-point messages than by itself.
     return RingCollectives if ring else DirectCollectives
 
 

@@ -1,0 +1,51 @@
+"""Projections held against records of an emulated cluster."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from record_factory import run
+
+from suite.config import load
+from suite.errors import UsageError
+from suite.projection.against_emulation import compare
+from suite.records import Record, Spread
+
+DETAILS = {"dilation": 10.0, "emulated_link_mbit_per_s": 201.0, "block_forward_s": 0.01065}
+
+
+def emulated(impl: str, step_s: float, node_bytes: float, **options: object) -> Record:
+    words = {"impl": {"name": impl, "options": options}, "workload": "bert-scale", "cluster": "p3dn"}
+    config = load({**words, "testbed": {"name": "emulated", "nodes": 4, "ranks_per_node": 2}})
+    return replace(
+        run(impl),
+        evidence="emulated",
+        nodes=4,
+        ranks_per_node=2,
+        world_size=8,
+        partition_size=options.get("partition_size", 8),  # type: ignore[arg-type]
+        micro_steps=1,
+        step_time_s=Spread.of([step_s]),
+        inter_node_bytes_per_node=round(node_bytes),
+        details=DETAILS,
+        config=config.to_dict(),
+    )
+
+
+def test_what_was_seen_on_an_emulated_cluster_is_projected_within_a_tenth() -> None:
+    """Medians of a run on two cores: nothing of the projection was fitted to them."""
+    rows = compare([emulated("zero3", 0.232, 47.957e6), emulated("mics", 0.229, 29.246e6, partition_size=2)])
+    for row in rows:
+        assert abs(row.time_error) < 0.1
+        assert abs(row.bytes_error) < 0.01
+
+
+def test_other_methods_and_other_testbeds_are_left_out() -> None:
+    with pytest.raises(UsageError, match="no records of zero3 or mics on an emulated cluster"):
+        compare(
+            [
+                emulated("hsdp", 0.3, 1e6, partition_size=2),
+                replace(emulated("zero3", 0.3, 1e6), evidence="measured"),
+            ]
+        )
