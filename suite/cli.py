@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(parsed: argparse.Namespace) -> int:
     from suite.harness.measure import Failure, measure
-    from suite.reports.build import terminal_table
+    from suite.reports.terminal import terminal_table
 
     config = load(parsed.options)
     with stderr.status("starting") as status:
@@ -124,7 +124,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
 def _check(parsed: argparse.Namespace) -> int:
     from suite.harness.check import check
-    from suite.reports.build import terminal_table
+    from suite.reports.terminal import terminal_table
 
     config = load(parsed.options)
     with stderr.status(f"checking {config.impl.name} against plain torch"):
@@ -177,7 +177,7 @@ def _keep(config: Config, record: AnyRecord) -> None:
 def _sweep(parsed: argparse.Namespace) -> int:
     from suite.harness.sweep import read_sweep, run_sweep
     from suite.projection.record import project_record
-    from suite.reports.build import terminal_table
+    from suite.reports.terminal import terminal_table
 
     overrides = _overrides(parsed.options)
     cohorts = read_sweep(parsed.file, overrides)

@@ -14,9 +14,12 @@ from rich.console import Console
 
 from suite.errors import UsageError
 from suite.reports import tables
-from suite.reports.build import Description, build_report, terminal_table
+from suite.reports.build import Description, build_report
 from suite.reports.cohorts import group_cohorts
-from suite.reports.plots import cohort_plots, step_time_plot, styles_for
+from suite.reports.figures import styles_for
+from suite.reports.sections import losses, resources, throughput
+from suite.reports.sections.cohort import cohort_plots
+from suite.reports.terminal import terminal_table
 
 SMALL = ["floor", "ddp", "zero3", "mics"]
 
@@ -159,7 +162,7 @@ def test_no_records_are_a_usage_error(tmp_path: Path):
 def test_what_was_not_measured_is_a_dash_and_never_zero():
     bare = replace(factory.run("mics"), peak_memory_bytes=None, bytes_sent_per_rank=None)
     (cohort,) = group_cohorts([factory.run("ddp"), bare])
-    row = next(row for row in tables.resources_table(cohort).rows if row[0].text == "mics")
+    row = next(row for row in resources.resources_table(cohort).rows if row[0].text == "mics")
     assert [cell.text for cell in row[1:3]] == ["–", "–"]
     assert [cell.value for cell in row[1:3]] == [None, None]
     assert len(cohort_plots(cohort, styles_for(["ddp", "mics"]))) == 5
@@ -167,15 +170,15 @@ def test_what_was_not_measured_is_a_dash_and_never_zero():
 
 def test_measured_zero_is_zero():
     (cohort,) = group_cohorts([factory.run("floor"), factory.run("ddp")])
-    assert tables.resources_table(cohort).rows[-1][2].text == "0"
+    assert resources.resources_table(cohort).rows[-1][2].text == "0"
 
 
 def test_floor_is_a_bound_and_not_a_competitor():
     (cohort,) = group_cohorts(factory.cohort(SMALL))
     assert "floor" not in cohort.labels
-    assert tables.throughput_table(cohort).rows[-1][0].text == "floor (lower bound)"
-    assert all(row[0].text != "floor" for row in tables.overview_table([cohort]).rows)
-    assert all(row[0].text != "floor" for row in tables.fidelity_table(cohort).rows)
+    assert throughput.throughput_table(cohort).rows[-1][0].text == "floor (lower bound)"
+    assert all(row[0].text != "floor" for row in throughput.overview_table([cohort]).rows)
+    assert all(row[0].text != "floor" for row in losses.fidelity_table(cohort).rows)
 
 
 def test_overlapping_spreads_are_called_no_difference():
@@ -183,7 +186,7 @@ def test_overlapping_spreads_are_called_no_difference():
     near = replace(factory.run("mics"), step_time_s=factory.Spread(0.1, 0.09, 0.13, 0.13, 3))
     ddp = replace(factory.run("ddp"), step_time_s=factory.Spread(0.12, 0.11, 0.14, 0.14, 3))
     (cohort,) = group_cohorts([slow, near, ddp])
-    cells = {row[0].text: row[-3].text for row in tables.throughput_table(cohort).rows}
+    cells = {row[0].text: row[-3].text for row in throughput.throughput_table(cohort).rows}
     assert cells == {"mics": "0.83 no difference", "ddp": "1", "fsdp2": "1.67"}
 
 
@@ -192,7 +195,7 @@ def test_runs_that_were_not_timed_together_are_not_compared():
     cohorts = group_cohorts([factory.run("ddp"), later])
     assert [len(cohort.runs) for cohort in cohorts] == [1, 1]
     assert len({cohort.title for cohort in cohorts}) == 2
-    assert tables.throughput_table(cohorts[1]).rows[0][-3].text == "–"
+    assert throughput.throughput_table(cohorts[1]).rows[0][-3].text == "–"
 
 
 def test_namesakes_are_told_apart_by_their_options():
@@ -210,7 +213,7 @@ def test_cohorts_that_differ_in_an_unusual_key_say_so_in_their_title():
 
 def test_small_models_on_a_cpu_are_shown_in_gflops():
     (cohort,) = group_cohorts([factory.run("ddp")])
-    table = tables.throughput_table(cohort)
+    table = throughput.throughput_table(cohort)
     column = table.head.index("model GFLOPS per rank")
     assert table.rows[0][column].value == 1000 * factory.run("ddp").model_tflops_per_gpu
     assert "4 ranks" in cohort.conditions and "CPU" in cohort.conditions
@@ -219,7 +222,7 @@ def test_small_models_on_a_cpu_are_shown_in_gflops():
 def test_a_noisy_run_is_marked_where_its_number_is_shown():
     noisy = replace(factory.run("ddp"), noise={"noisy": True})
     (cohort,) = group_cohorts([noisy])
-    assert tables.throughput_table(cohort).rows[0][-1].text == "measured, noisy"
+    assert throughput.throughput_table(cohort).rows[0][-1].text == "measured, noisy"
 
 
 def test_every_implementation_looks_different_in_a_figure():
@@ -229,7 +232,7 @@ def test_every_implementation_looks_different_in_a_figure():
 
 def test_a_figure_without_a_floor_or_a_reference_is_still_drawn():
     (cohort,) = group_cohorts([factory.run("mics")])
-    plot = step_time_plot(cohort, styles_for(["mics"]))
+    plot = throughput.step_time_plot(cohort, styles_for(["mics"]))
     assert "mics" in plot.svg and "floor" not in plot.svg
 
 

@@ -7,18 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
-from rich.table import Table as RichTable
-from rich.text import Text
 
 from suite.errors import UsageError
 from suite.records import AnyRecord
-from suite.reports import tables
 from suite.reports.claims import judge, write_claims
 from suite.reports.cohorts import (
     FLOOR,
@@ -30,17 +24,16 @@ from suite.reports.cohorts import (
     moment,
     runs_of,
 )
-from suite.reports.plots import Plot, cohort_plots, implementation_plot, styles_for
+from suite.reports.figures import Plot, styles_for
 from suite.reports.published import INSTANCES, NUMBERS, SOURCES
+from suite.reports.sections import correctness, environment, implementations, throughput
+from suite.reports.sections.cohort import cohort_section
+from suite.reports.tables import Table
 from suite.reports.verdicts import NOT_TESTABLE, VERDICTS
 
 INDEX = "index.html"
 CLAIMS = "claims.json"
 FIGURES = "figures"
-BRIEF_UNITS = (
-    "Median and range of a step; FLOPS are the model's, per rank; ÷ ddp is the ratio of the step times, "
-    "≈ where their ranges overlap: no difference."
-)
 
 
 @dataclass(frozen=True)
@@ -55,23 +48,12 @@ class Description:
 
 
 @dataclass(frozen=True)
-class CohortSection:
-    """A cohort with everything that is shown of it."""
-
-    cohort: Cohort
-    throughput: tables.Table
-    resources: tables.Table
-    fidelity: tables.Table
-    plots: tuple[Plot, ...]
-
-
-@dataclass(frozen=True)
 class ImplSection:
     """An implementation with everything that is shown of it; `plot` is None without timed runs."""
 
     description: Description
-    table: tables.Table
-    checks: tables.Table
+    table: Table
+    checks: Table
     plot: Plot | None
 
 
@@ -96,20 +78,6 @@ def build_report(
     return out / INDEX
 
 
-def terminal_table(records: Sequence[AnyRecord]) -> RenderableType:
-    """The main tables for a terminal: step time and throughput per cohort, then the checks."""
-    parts: list[RenderableType] = []
-    for cohort in group_cohorts(records):
-        parts += [
-            _rich(tables.brief_table(cohort)),
-            Text(f"{cohort.conditions} {BRIEF_UNITS}\n", style="dim"),
-        ]
-    checks = tables.brief_check_table(checks_of(records))
-    if checks.rows:
-        parts.append(_rich(checks))
-    return Group(*parts) if parts else Text("no results yet")
-
-
 def _require_ours(out: Path) -> None:
     """A report replaces its folder, so the folder must hold nothing else."""
     if out.exists() and not out.is_dir():
@@ -122,7 +90,7 @@ def _require_ours(out: Path) -> None:
 def _write(records: Sequence[AnyRecord], folder: Path, descriptions: Mapping[str, Description]) -> None:
     cohorts = group_cohorts(records)
     styles = styles_for([run.impl for run in runs_of(records)])
-    sections = [_cohort_section(cohort, styles) for cohort in cohorts]
+    sections = [cohort_section(cohort, styles) for cohort in cohorts]
     impls = [_impl_section(name, records, cohorts, descriptions) for name in _impl_names(records)]
     verdicts = judge(records)
     figures = folder / FIGURES
@@ -141,25 +109,15 @@ def _write(records: Sequence[AnyRecord], folder: Path, descriptions: Mapping[str
         numbers=NUMBERS,
         instances=INSTANCES,
         no_difference_rule=NO_DIFFERENCE_RULE,
-        overview=tables.overview_table(cohorts),
-        correctness=tables.correctness_table(checks_of(records)),
+        overview=throughput.overview_table(cohorts),
+        correctness=correctness.correctness_table(checks_of(records)),
         sections=sections,
         impls=impls,
-        noise=tables.noise_table(cohorts),
-        environment=tables.environment_table(records),
+        noise=environment.noise_table(cohorts),
+        environment=environment.environment_table(records),
         notes=sorted({f"{run.impl}: {note}" for run in records for note in run.notes}),
     )
     (folder / INDEX).write_text(page, encoding="utf-8")
-
-
-def _cohort_section(cohort: Cohort, styles: Mapping[str, Any]) -> CohortSection:
-    return CohortSection(
-        cohort,
-        tables.throughput_table(cohort),
-        tables.resources_table(cohort),
-        tables.fidelity_table(cohort),
-        tuple(cohort_plots(cohort, styles)),
-    )
 
 
 def _impl_section(
@@ -171,9 +129,9 @@ def _impl_section(
     measured = any(run.impl == name for run in runs_of(records))
     return ImplSection(
         descriptions.get(name, Description(name, "")),
-        tables.implementation_table(name, cohorts),
-        tables.correctness_table(check for check in checks_of(records) if check.impl == name),
-        implementation_plot(name, cohorts) if measured else None,
+        implementations.implementation_table(name, cohorts),
+        correctness.correctness_table(check for check in checks_of(records) if check.impl == name),
+        implementations.implementation_plot(name, cohorts) if measured else None,
     )
 
 
@@ -223,16 +181,3 @@ def _template() -> jinja2.Template:
     environment.filters["inline"] = inline
     environment.filters["slug"] = lambda text: text.replace(" ", "-")
     return environment.get_template("report.html.j2")
-
-
-def _rich(content: tables.Table) -> RichTable:
-    """Names and numbers stay whole; prose may wrap."""
-    result = RichTable(title=content.title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    result.title_justify, result.title_style, result.header_style = "left", "bold", "dim"
-    for name, numeric in zip(content.head, content.numeric, strict=True):
-        result.add_column(
-            name, justify="right" if numeric else "left", no_wrap=numeric or name == content.head[0]
-        )
-    for row in content.rows:
-        result.add_row(*(Text(cell.text) for cell in row))
-    return result
