@@ -97,7 +97,14 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--out", type=Path, default=OUT)
     report = add("report", _report, "write the report of result folders")
     report.add_argument("results", nargs="+", type=Path)
-    report.add_argument("--out", type=Path, default=Path("report"))
+    report.add_argument("--out", type=Path, help="the page's folder; report/ unless asked for others only")
+    report.add_argument("--terminal", action="store_true", help="claims and main tables, here")
+    report.add_argument("--export", type=Path, metavar="FOLDER", help="all records as CSV and Parquet")
+    report.add_argument("--latex", type=Path, metavar="FOLDER", help="all tables for a paper")
+    compare = add("compare", _compare, "is B faster than A? exit status 1 when significantly slower")
+    compare.add_argument("first", type=Path, metavar="A", help="a result folder")
+    compare.add_argument("second", type=Path, metavar="B", help="another one")
+    compare.add_argument("--threshold", default="5%", help="a regression up to this much is let pass")
     timeline = add("timeline", _timeline, "what each rank does in one step, for ui.perfetto.dev")
     timeline.add_argument("options", nargs="*", metavar="KEY=VALUE", help="as for `suite run`")
     timeline.add_argument("--out", type=Path, default=Path("timeline.json"))
@@ -234,17 +241,56 @@ def _log_to_wandb(folder: Path, config: Config) -> None:
 
 
 def _report(parsed: argparse.Namespace) -> int:
+    records = [record for folder in parsed.results for record in _read_results(folder)]
+    others = (parsed.terminal, parsed.export, parsed.latex)
+    if parsed.terminal:
+        from suite.reports.terminal import terminal_report
+
+        stdout.print(terminal_report(records))
+    if parsed.export is not None:
+        from suite.reports.export import export_records
+
+        written, problem = export_records(records, parsed.export)
+        stdout.print("\n".join(map(str, written)), soft_wrap=True)
+        if problem:
+            stderr.print(problem)
+    if parsed.latex is not None:
+        from suite.reports.build import named_tables
+        from suite.reports.export import export_latex
+
+        written = export_latex(named_tables(records), parsed.latex)
+        stdout.print(f"{len(written)} tables in {parsed.latex}", soft_wrap=True)
+    if parsed.out is not None or not any(others):
+        _write_page(records, parsed.out or Path("report"))
+    return 0
+
+
+def _write_page(records: Sequence[AnyRecord], out: Path) -> None:
     from suite.impls.registry import IMPLEMENTATIONS
     from suite.reports.build import Description, build_report
 
-    records = [record for folder in parsed.results for record in _read_results(folder)]
     descriptions = {
         name: Description(name, item.summary, item.limits_on_cpu, item.shims)
         for name, item in IMPLEMENTATIONS.items()
     }
-    index = build_report(records, parsed.out, descriptions)
+    index = build_report(records, out, descriptions)
     stdout.print(f"report: {index}", soft_wrap=True)
-    return 0
+
+
+def _compare(parsed: argparse.Namespace) -> int:
+    from suite.reports.compare import compare, comparison_table, other_machine, share
+    from suite.reports.terminal import rich_table
+
+    threshold = share(parsed.threshold)
+    found = compare(_read_results(parsed.first), _read_results(parsed.second))
+    stdout.print(rich_table(comparison_table(found)))
+    if other_machine(found):
+        stderr.print("the two were measured on different machines", style="yellow")
+    regressed = [item for item in found if item.regressed(threshold)]
+    for item in regressed:
+        text = f"regression: {item.label} ({item.training}) × {item.interval.middle:.3f}"
+        stderr.print(text, style="red", markup=False, soft_wrap=True)
+    return 1 if regressed else 0
 
 
 def _read_results(folder: Path) -> list[AnyRecord]:

@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from suite.records import AnyRecord, CheckRecord, Record, Spread
+from suite.records import AnyRecord, CheckRecord, ProjectionRecord, Record, Spread
 
 IMPLS = {
     "floor": 1.0,
@@ -195,4 +195,175 @@ def everything() -> list[AnyRecord]:
         *cohort(precision="bf16"),
         *cohort(["floor", "ddp", "fsdp2", "zero3", "mics"], workload="bert-small", base_s=1.1),
         *(check(impl) for impl in IMPLS if impl != "floor"),
+    ]
+
+
+def emulated(
+    impl: str = "mics",
+    nodes: int = 4,
+    step_s: float = 0.2,
+    sent: float = 0.0,
+    partition_size: int | None = None,
+    options: dict[str, Any] | None = None,
+    micro_steps: int = 1,
+    gbit_s: float = 100.0,
+    **changes: Any,
+) -> Record:
+    """A run on an emulated cluster of two ranks per node; `sent` bytes leave a node per step."""
+    settings = config(impl, "bert-scale", "fp32", micro_steps, options, ranks_per_node=2)
+    settings["testbed"] |= {"name": "emulated", "ranks": 2 * nodes, "nodes": nodes, "dilation": 10.0}
+    settings["workload"]["scale_of"] = "bert-10b"
+    settings["cluster"] = {"name": "p3dn", "nodes": 8, "inter_node_gbit_s": gbit_s}
+    times = [step_s * factor for factor in (0.999, 1.0, 1.002)]
+    record = run(
+        impl,
+        "bert-scale",
+        micro_steps=micro_steps,
+        options=options,
+        evidence="emulated",
+        testbed="emulated",
+        world_size=2 * nodes,
+        nodes=nodes,
+        ranks_per_node=2,
+        partition_size=partition_size or (2 if impl == "mics" else 2 * nodes),
+        n_params=1_000_000,
+        step_times_s=times,
+        step_time_s=Spread.of(times),
+        model_tflops_per_gpu=10.0 / step_s,
+        inter_node_bytes_per_node=int(sent),
+        exposed_comm_s=0.1 * step_s,
+        config=settings,
+        cohort=f"emulated on {nodes} nodes",
+        stage="weak scaling",
+    )
+    return replace(record, **changes)
+
+
+def weak_scaling() -> list[Record]:
+    """MiCS that stays as it is and ZeRO-3 that slows down, on 1, 2 and 4 nodes."""
+    slow = {1: 0.2, 2: 0.3, 4: 0.4}
+    records = []
+    for nodes in (1, 2, 4):
+        hop2 = 2 * (nodes - 1) / nodes * 4e6
+        gathers = 3 * 4e6 * (2 * nodes - 1) / (2 * nodes) if nodes > 1 else 0.0
+        records += [
+            emulated("floor", nodes, 0.19, exposed_comm_s=0.0),
+            emulated("mics", nodes, 0.2 + 0.001 * nodes, hop2, details={"expected_inter_node_bytes": hop2}),
+            emulated("zero3", nodes, slow[nodes], gathers, exposed_comm_s=slow[nodes] - 0.19),
+            emulated("deepspeed-zero3", nodes, 2 * slow[nodes], 2 * gathers),
+        ]
+    return records
+
+
+def mics_ablation(micro_steps: int = 4) -> list[Record]:
+    """Partition groups of two nodes: flat collectives send 3/2 of the bytes, without two hops every
+    micro-step pays for its own hop 2."""
+    hop2, gathers = 2 * 0.5 * 4e6 / 2, 3 * 4e6 * micro_steps * 0.5
+    common: dict[str, Any] = {"partition_size": 4, "micro_steps": micro_steps}
+    options = {"partition_size": 4}
+    variants: list[tuple[float, float, dict[str, Any]]] = [
+        (0.30, gathers + hop2, {}),
+        (0.40, 1.5 * gathers + hop2, {"hierarchical": False}),
+        (0.35, gathers + micro_steps * hop2, {"two_hop": False}),
+    ]
+    return [
+        emulated("mics", 4, step_s, sent, options={**options, **switched}, stage="ablation of MiCS", **common)
+        for step_s, sent, switched in variants
+    ]
+
+
+def projection(
+    impl: str = "mics", gpus: int = 64, published: dict[str, Any] | None = None, **changes: Any
+) -> ProjectionRecord:
+    """One projected step, of a published run or of a weak scaling."""
+    settings = config(impl, "bert-10b", "bf16")
+    speed = 60.0 if impl == "mics" else 60.0 / (1 + gpus / 512)
+    record = ProjectionRecord(
+        impl=impl,
+        workload="bert-10b",
+        cluster="p4d",
+        world_size=gpus,
+        nodes=gpus // 8,
+        ranks_per_node=8,
+        partition_size=8 if impl == "mics" else gpus,
+        hierarchical=False,
+        micro_batch=8,
+        micro_steps=1,
+        seq_len=512,
+        precision="bf16",
+        activation_checkpointing=True,
+        n_params=10_000_000_000,
+        step_time_s=300 / speed,
+        compute_s=4.0,
+        exposed_comm_s=300 / speed - 4.0,
+        samples_per_s=8 * gpus / (300 / speed),
+        model_tflops_per_gpu=speed,
+        hardware_tflops_per_gpu=speed * 4 / 3,
+        share_of_peak=speed * 4 / 3 / 312,
+        inter_node_bytes_per_node=1e9,
+        bytes_sent_per_rank=1e9,
+        memory={"total": 30e9, "limit": 40e9},
+        fits_memory=gpus > 8,
+        assumptions={"network_efficiency": 0.8},
+        config=settings,
+        config_hash=f"projected-{impl}-{gpus}",
+        started_at="2026-03-01T11:00:00+00:00",
+        published=published,
+    )
+    return replace(record, **changes)
+
+
+def published(what: str, value: float, projected: float, unit: str = "×", **changes: Any) -> ProjectionRecord:
+    """A projection that stands for a published number."""
+    error = projected - value if unit == "%" else projected / value - 1
+    content = {
+        "what": what,
+        "quantity": "ratio",
+        "unit": unit,
+        "role": "predicted",
+        "source": "S1",
+        "published": value,
+        "projected": projected,
+        "error": error,
+        "within": abs(error) <= (3 if unit == "%" else 0.1),
+        "unstated": "the micro-batch is ours",
+    }
+    return projection(published=content, **changes)
+
+
+def projections() -> list[ProjectionRecord]:
+    return [
+        *(projection(impl, gpus) for impl in ("mics", "zero3") for gpus in (8, 64, 512, 4096)),
+        published("RoBERTa-10B, after against before", 1.68, 1.60),
+        published("RoBERTa-50B, after against before", 1.73, 1.50),
+    ]
+
+
+def long_training() -> list[Record]:
+    """Loss curves over many steps."""
+    steps = [7.7 - 3 * (1 - math.exp(-step / 60)) for step in range(150)]
+    return [
+        run(
+            impl,
+            base_s=0.04,
+            losses=[loss * (1 + 1e-8 * index) for loss in steps],
+            cohort="long",
+            stage="long",
+        )
+        for index, impl in enumerate(("ddp", "zero3", "mics"))
+    ]
+
+
+def full_report() -> list[AnyRecord]:
+    """Something for every section of the report."""
+    base = [run("zero3"), *(run("zero3", options={key: False}) for key in ("coalesced", "one_kernel_norm"))]
+    return [
+        *cohort(["floor", "ddp", "zero3", "mics"]),
+        *(replace(item, cohort="ablation") for item in base),
+        *long_training(),
+        *weak_scaling(),
+        *mics_ablation(),
+        *projections(),
+        check("zero3"),
+        check("mics", ok=False),
     ]

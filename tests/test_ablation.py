@@ -8,8 +8,8 @@ import pytest
 import record_factory as factory
 
 from suite.records import Record, Spread
-from suite.reports.ablation import sign_test
 from suite.reports.claims import Verdict, judge
+from suite.reports.judges.pairs import sign_test
 
 
 def run(times: list[float], impl: str = "zero3", **options: bool) -> Record:
@@ -31,7 +31,7 @@ def test_slower_in_every_round_is_reproduced_although_the_ranges_overlap() -> No
     assert "× 1.10 the step time" in verdict.findings[0].ours
     assert "slower in 6 of 6 rounds" in verdict.findings[0].ours
     assert verdict.findings[0].spread == "ratio round by round: 1.10 to 1.10"
-    assert "ablation_zero3.yaml" in verdict.commands[0]
+    assert verdict.commands[0] == "suite sweep sweeps/Z4.yaml --out ../again"
 
 
 def test_slower_in_half_of_the_rounds_is_no_difference_and_not_reproduced() -> None:

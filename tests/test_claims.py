@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +9,11 @@ import record_factory as factory
 from hypothesis import given
 from hypothesis import strategies as st
 
-from suite.config import load
+from suite.harness.sweep import read_sweep
 from suite.records import Spread
-from suite.reports.claims import JUDGES, LOSS_TOLERANCE, Verdict, judge, write_claims
+from suite.reports.claims import JUDGES, Verdict, judge, write_claims, write_sweeps
 from suite.reports.cohorts import Ratio
+from suite.reports.judges.convergence import LOSS_TOLERANCE
 from suite.reports.published import CLAIMS, NUMBERS, SOURCES
 from suite.reports.verdicts import NOT_TESTABLE
 
@@ -41,10 +41,8 @@ def test_without_records_every_claim_says_what_a_test_would_need():
         assert not verdict.findings and not verdict.commands
 
 
-def test_claims_without_a_judge_stay_untestable_whatever_was_run():
-    for verdict in judge(factory.everything()):
-        if verdict.claim.id not in JUDGES:
-            assert verdict.verdict == NOT_TESTABLE
+def test_every_claim_has_a_judge_with_a_rule():
+    assert all(JUDGES[claim.id].rule for claim in CLAIMS)
 
 
 def test_same_convergence_is_reproduced_when_both_methods_follow_ddp():
@@ -109,17 +107,17 @@ def test_kinds_of_evidence_are_judged_apart():
     assert verdict.verdict == "partly"
 
 
-def test_the_command_of_a_row_repeats_the_configuration_of_its_runs():
+def test_the_sweep_of_a_row_repeats_the_configurations_of_its_runs(tmp_path: Path):
     records = factory.cohort(["ddp", "zero3", "mics"], workload="bert-tiny", micro_steps=4, ranks_per_node=2)
     records = [replace(run, config=_two_nodes(run.config)) for run in records]
-    *runs, report = verdict_on("M8", records).commands
-    assert report == "suite report results/again"
-    repeated = []
-    for line in runs:
-        program, action, *options = shlex.split(line)
-        assert (program, action) == ("suite", "run")
-        repeated.append(load(options).to_dict())
-    assert [{**config, "out": None} for config in repeated] == [run.config for run in records]
+    verdict = verdict_on("M8", records)
+    write_sweeps(tmp_path, [verdict])
+    assert verdict.commands == (
+        "suite sweep sweeps/M8.yaml --out ../again",
+        "suite report ../again --out ../again/report",
+    )
+    (cohort,) = read_sweep(tmp_path / "M8.yaml")
+    assert [cell.to_dict() for cell in cohort.cells] == [run.config for run in records]
 
 
 def _two_nodes(config: dict) -> dict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,8 @@ import jinja2
 from markupsafe import Markup
 
 from suite.errors import UsageError
-from suite.records import AnyRecord
-from suite.reports.claims import judge, write_claims
+from suite.records import AnyRecord, ProjectionRecord
+from suite.reports.claims import SWEEPS, Verdict, judge, write_claims, write_sweeps
 from suite.reports.cohorts import (
     FLOOR,
     NO_DIFFERENCE_RULE,
@@ -22,13 +22,21 @@ from suite.reports.cohorts import (
     device,
     group_cohorts,
     moment,
+    projections_of,
     runs_of,
 )
-from suite.reports.figures import Plot, styles_for
+from suite.reports.figures import Plot, Style, styles_for
 from suite.reports.published import INSTANCES, NUMBERS, SOURCES
-from suite.reports.sections import correctness, environment, implementations, throughput
+from suite.reports.sections import correctness, environment, implementations, resources, throughput
+from suite.reports.sections.ablations import ablation_section
 from suite.reports.sections.cohort import cohort_section
-from suite.reports.tables import Table
+from suite.reports.sections.losses import convergence_section
+from suite.reports.sections.memory import memory_section
+from suite.reports.sections.projected import projected_section
+from suite.reports.sections.section import Section
+from suite.reports.sections.traffic import traffic_section
+from suite.reports.sections.weak_scaling import weak_scaling_section
+from suite.reports.tables import Table, word
 from suite.reports.verdicts import NOT_TESTABLE, VERDICTS
 
 INDEX = "index.html"
@@ -78,27 +86,66 @@ def build_report(
     return out / INDEX
 
 
+def named_tables(records: Sequence[AnyRecord]) -> list[tuple[str, Table]]:
+    """Every table of the report but those of single implementations, with a name for its file."""
+    cohorts = group_cohorts(records)
+    styles = styles_for([record.impl for record in records])
+    tables = [
+        ("claims", claims_table(judge(records))),
+        ("overview", throughput.overview_table(cohorts)),
+        ("correctness", correctness.correctness_table(checks_of(records))),
+    ]
+    for cohort in cohorts:
+        key = cohort.key.lower()
+        tables.append((f"{key}-throughput", throughput.throughput_table(cohort)))
+        tables.append((f"{key}-resources", resources.resources_table(cohort)))
+    for section in extra_sections(records, cohorts, styles):
+        tables += [(plot.name, plot.table) for plot in section.plots]
+    return [(name, table) for name, table in tables if table.rows]
+
+
+def claims_table(verdicts: Sequence[Verdict]) -> Table:
+    head = ("claim", "sentence", "published", "here", "verdict")
+    rows = tuple(
+        (
+            word(verdict.claim.id),
+            word(verdict.claim.sentence),
+            word(verdict.claim.published),
+            word("; ".join(f"{item.evidence}: {item.ours}" for item in verdict.findings) or verdict.missing),
+            word(verdict.verdict),
+        )
+        for verdict in verdicts
+    )
+    return Table("Claims", head, rows)
+
+
 def _require_ours(out: Path) -> None:
     """A report replaces its folder, so the folder must hold nothing else."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"out={out} is a file; name a folder for the report")
-    others = {item.name for item in out.iterdir()} - {INDEX, CLAIMS, FIGURES} if out.exists() else set()
+    others = (
+        {item.name for item in out.iterdir()} - {INDEX, CLAIMS, FIGURES, SWEEPS} if out.exists() else set()
+    )
     if others:
         raise UsageError(f"out={out} holds other files ({min(others)}); name a new or an empty folder")
 
 
 def _write(records: Sequence[AnyRecord], folder: Path, descriptions: Mapping[str, Description]) -> None:
     cohorts = group_cohorts(records)
-    styles = styles_for([run.impl for run in runs_of(records)])
-    sections = [cohort_section(cohort, styles) for cohort in cohorts]
+    styles = styles_for([record.impl for record in records])
+    cohort_sections = [cohort_section(cohort, styles) for cohort in cohorts]
+    sections = extra_sections(records, cohorts, styles)
     impls = [_impl_section(name, records, cohorts, descriptions) for name in _impl_names(records)]
     verdicts = judge(records)
     figures = folder / FIGURES
     figures.mkdir(parents=True)
-    for plot in [*(plot for section in sections for plot in section.plots), *(impl.plot for impl in impls)]:
-        if plot is not None:
-            plot.save(figures)
+    plots = [plot for section in cohort_sections for plot in section.plots]
+    plots += [plot for section in sections for plot in section.plots]
+    plots += [impl.plot for impl in impls if impl.plot is not None]
+    for plot in plots:
+        plot.save(figures)
     write_claims(folder / CLAIMS, verdicts)
+    write_sweeps(folder / SWEEPS, verdicts)
     found = Counter(verdict.verdict for verdict in verdicts)
     page = _template().render(
         summary=_summary(records, cohorts),
@@ -111,13 +158,30 @@ def _write(records: Sequence[AnyRecord], folder: Path, descriptions: Mapping[str
         no_difference_rule=NO_DIFFERENCE_RULE,
         overview=throughput.overview_table(cohorts),
         correctness=correctness.correctness_table(checks_of(records)),
+        cohorts=cohort_sections,
         sections=sections,
         impls=impls,
         noise=environment.noise_table(cohorts),
-        environment=environment.environment_table(records),
-        notes=sorted({f"{run.impl}: {note}" for run in records for note in run.notes}),
+        environment=environment.environment_table(_run_here(records)),
+        notes=sorted({f"{run.impl}: {note}" for run in runs_of(records) for note in run.notes}),
     )
     (folder / INDEX).write_text(page, encoding="utf-8")
+
+
+def extra_sections(
+    records: Sequence[AnyRecord], cohorts: Sequence[Cohort], styles: Mapping[str, Style]
+) -> list[Section]:
+    """Those for which there are records, in the order in which a reader asks."""
+    runs, projections = runs_of(records), projections_of(records)
+    possible = (
+        weak_scaling_section(runs, styles),
+        projected_section(projections, styles),
+        traffic_section(cohorts),
+        ablation_section(cohorts),
+        convergence_section(cohorts, styles),
+        memory_section(runs),
+    )
+    return [section for section in possible if section is not None]
 
 
 def _impl_section(
@@ -136,13 +200,21 @@ def _impl_section(
 
 
 def _impl_names(records: Sequence[AnyRecord]) -> list[str]:
-    """In alphabetical order, the floor last."""
-    return sorted({record.impl for record in records}, key=lambda name: (name == FLOOR, name))
+    """Of what was run, in alphabetical order, the floor last."""
+    return sorted(
+        {record.impl for record in _run_here(records)},
+        key=lambda name: (name == FLOOR, name),
+    )
+
+
+def _run_here(records: Iterable[AnyRecord]) -> list[AnyRecord]:
+    """All but what a model has computed."""
+    return [record for record in records if not isinstance(record, ProjectionRecord)]
 
 
 def _summary(records: Sequence[AnyRecord], cohorts: Sequence[Cohort]) -> list[tuple[str, str]]:
     """What ran, on what, and how quiet it was."""
-    runs, checks = runs_of(records), checks_of(records)
+    runs, checks, projections = runs_of(records), checks_of(records), projections_of(records)
     evidence = Counter(run.evidence for run in runs)
     noisy = sum(bool(run.noise.get("noisy")) for run in runs)
     failed = sum(not check.ok for check in checks)
@@ -155,6 +227,7 @@ def _summary(records: Sequence[AnyRecord], cohorts: Sequence[Cohort]) -> list[tu
             f"{len(runs)} in {len(cohorts)} cohorts"
             + "".join(f"; {count} {kind}" for kind, count in sorted(evidence.items())),
         ),
+        ("Projections", f"{len(projections)}" if projections else "none among these results"),
         ("Workloads", ", ".join(sorted({record.workload for record in records}))),
         ("Ranks", ", ".join(str(size) for size in sorted({record.world_size for record in records}))),
         (
@@ -163,7 +236,10 @@ def _summary(records: Sequence[AnyRecord], cohorts: Sequence[Cohort]) -> list[tu
             if checks
             else "no checks among these results",
         ),
-        ("Machine", "; ".join(sorted({device(record) for record in records}))),
+        (
+            "Machine",
+            "; ".join(sorted({device(record) for record in _run_here(records)}) or "nothing was run"),
+        ),
         ("Noise", f"{noisy} of {len(runs)} runs marked noisy" if runs else "no timed runs"),
         ("Taken", started[0] if started[0] == started[-1] else f"{started[0]} to {started[-1]}"),
     ]

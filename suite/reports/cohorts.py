@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from suite.records import AnyRecord, CheckRecord, Record
+from suite.records import AnyRecord, CheckRecord, ProjectionRecord, Record
 
 REFERENCE = "ddp"
 FLOOR = "floor"
@@ -21,6 +21,8 @@ NO_DIFFERENCE_RULE = (
 _TITLE_KEYS = (
     "workload.name",
     "workload.model.",
+    "workload.scale_of",
+    "cluster",
     "testbed.",
     "train.precision",
     "train.micro_batch",
@@ -99,6 +101,10 @@ def runs_of(records: Iterable[AnyRecord]) -> list[Record]:
     return [record for record in records if isinstance(record, Record)]
 
 
+def projections_of(records: Iterable[AnyRecord]) -> list[ProjectionRecord]:
+    return [record for record in records if isinstance(record, ProjectionRecord)]
+
+
 def checks_of(records: Iterable[AnyRecord]) -> list[CheckRecord]:
     return [record for record in records if isinstance(record, CheckRecord)]
 
@@ -154,6 +160,16 @@ def ranks(run: Record) -> str:
     return f"{run.world_size} ranks ({run.nodes} {noun} × {run.ranks_per_node})"
 
 
+def cluster_name(run: Record) -> str:
+    """The cluster that an emulated run stands for, with the bandwidth that matters; else empty."""
+    cluster = run.config.get("cluster") or {}
+    if run.evidence != "emulated" or not cluster:
+        return ""
+    stands_for = run.config["workload"].get("scale_of")
+    as_model = f"as {stands_for} on " if stands_for else ""
+    return f"{as_model}{cluster['name']}, {cluster['inter_node_gbit_s']:g} Gbit/s"
+
+
 def moment(started_at: str) -> str:
     """A record's time, to be read."""
     return started_at.replace("T", " ").replace("+00:00", " UTC")
@@ -171,20 +187,20 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _cohort(key: str, title: str, group: Sequence[Record]) -> Cohort:
     runs = sorted((run for run in group if run.impl != FLOOR), key=lambda run: run.step_time_s.median)
     floor = next((run for run in group if run.impl == FLOOR), None)
-    return Cohort(key, title, tuple(runs), floor, tuple(_labels(runs)))
+    return Cohort(key, title, tuple(runs), floor, tuple(labels(runs)))
 
 
-def _labels(runs: Sequence[Record]) -> list[str]:
+def labels(runs: Sequence[Record]) -> list[str]:
     """The implementation's name, with the options in which it differs from its namesakes."""
     options = [flat(run.config.get("impl", {}).get("options") or {}) for run in runs]
-    labels = []
+    result = []
     for run, own in zip(runs, options, strict=True):
         namesakes = [other for peer, other in zip(runs, options, strict=True) if peer.impl == run.impl]
         keys = sorted({key for other in namesakes for key in other})
         differing = [key for key in keys if len({str(other.get(key)) for other in namesakes}) > 1]
         words = [f"{key}={own[key]}" for key in differing if key in own]
-        labels.append(f"{run.impl} ({', '.join(words)})" if words else run.impl)
-    return labels
+        result.append(f"{run.impl} ({', '.join(words)})" if words else run.impl)
+    return result
 
 
 def _cohort_order(group: Sequence[Record]) -> tuple[Any, ...]:
@@ -218,4 +234,7 @@ def _title(run: Record) -> str:
     words = [run.workload, run.precision, ranks(run), f"{micro_steps} × micro-batch {run.micro_batch}"]
     if run.config.get("train", {}).get("activation_checkpointing"):
         words.append("activation checkpointing")
+    cluster = cluster_name(run)
+    if cluster:
+        words.insert(1, cluster)
     return " · ".join(words)

@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from suite.reports.cohorts import FLOOR, Cohort
@@ -30,6 +31,9 @@ MUTED = "#7d8590"
 PAPER = "#ffffff"
 
 SPREAD = " Marker: median, line: min to max{}."
+
+PAGE = "../index.html"
+"""As seen from the folder of figures."""
 
 WIDTH = 5.6
 """Inches; narrow enough for a phone to show it with legible text."""
@@ -98,6 +102,7 @@ class Plot:
         svg = self.svg[self.svg.index("<svg") :]
         svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
         svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{self.name}-", svg)
+        svg = svg.replace(f'xlink:href="{PAGE}#', 'href="#')
         svg = svg.replace(INK, "currentColor").replace(PAPER, "none")
         svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
         svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
@@ -194,6 +199,17 @@ def draw_curve(
     )
     axes.grid(axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def link_label(label: Text, anchor: str) -> None:
+    """Makes a text of the figure lead to that place in the report; nowhere when it is empty."""
+    if anchor:
+        label.set_url(f"{PAGE}#{anchor}")
+
+
+def shared_legend(figure: Figure, axes: Axes, columns: int = 3) -> None:
+    """One legend for all panels, below them."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
 
 
 def _escape(text: str) -> str:

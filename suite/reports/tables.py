@@ -17,10 +17,12 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Cell:
-    """What is shown, and the value behind it for sorting and CSV (None where there is none)."""
+    """What is shown, the value behind it for sorting and CSV (None where there is none), and where it
+    leads."""
 
     text: str
     value: float | str | None = None
+    link: str | None = None
 
     @property
     def is_number(self) -> bool:

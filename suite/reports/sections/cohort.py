@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from suite.reports.cohorts import Cohort
 from suite.reports.figures import Plot, Style
-from suite.reports.sections.losses import fidelity_table, loss_plot
+from suite.reports.sections.losses import fidelity_table, is_long, loss_plot
 from suite.reports.sections.resources import resources_plot, resources_table
 from suite.reports.sections.throughput import (
     ratio_plot,
@@ -49,6 +49,6 @@ def cohort_plots(cohort: Cohort, styles: Mapping[str, Style]) -> list[Plot]:
         plots.append(ratio_plot(cohort, styles))
     if any(run.peak_memory_bytes is not None or run.bytes_sent_per_rank is not None for run in cohort.runs):
         plots.append(resources_plot(cohort))
-    if any(run.losses for run in cohort.runs):
+    if any(run.losses for run in cohort.runs) and not is_long(cohort):
         plots.append(loss_plot(cohort, styles))
     return plots
