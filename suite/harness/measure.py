@@ -161,9 +161,10 @@ def _record(team: Team, noise: Noise, started_at: str) -> Record:
     work = _own_work(config) if scale is None else (scale.model_flops, scale.hardware_flops)
     model_tflops, hardware_tflops = (operations / spread.median / 1e12 for operations in work)
     before, after = (
-        traffic.matrix([item.connections for item in reading]) for reading in (team.before, team.after)
+        traffic.matrix([item.connections for item in reading], [item.memory_reads for item in reading])
+        for reading in (team.before, team.after)
     )
-    tcp = any(map(any, after))  # NCCL, for one, does not send through connections of this process
+    seen = any(map(any, after))  # NCCL, for one, does not send through connections of this process
     between = traffic.between_nodes(before, after, config.ranks_per_node)
     return Record(
         evidence=testbed_of(config).evidence,
@@ -185,8 +186,8 @@ def _record(team: Team, noise: Noise, started_at: str) -> Record:
         model_tflops_per_gpu=model_tflops,
         hardware_tflops_per_gpu=hardware_tflops,
         peak_memory_bytes=max(item.peak_memory_bytes for item in team.after),
-        inter_node_bytes_per_node=round(between / train.steps) if tcp else None,
-        bytes_sent_per_rank=round(traffic.per_rank(before, after) / train.steps) if tcp else None,
+        inter_node_bytes_per_node=round(between / train.steps) if seen else None,
+        bytes_sent_per_rank=round(traffic.per_rank(before, after) / train.steps) if seen else None,
         exposed_comm_s=None if waiting is None else waiting / dilation,
         losses=[step[0].loss for step in team.steps],
         grad_norms=[step[0].grad_norm for step in team.steps],

@@ -40,10 +40,11 @@ class StepMeasurement:
 @dataclass(frozen=True)
 class Resources:
     """What a rank used so far; `connections` as of this moment (see `suite.harness.traffic`),
-    `details` as counted by the implementation itself."""
+    `memory_reads` (bytes by peer rank) and `details` as counted by the implementation itself."""
 
     peak_memory_bytes: int
     connections: list[traffic.Connection]
+    memory_reads: dict[int, int]
     details: dict[str, float]
 
 
@@ -148,7 +149,8 @@ class Worker:
         self._memory.reset()
 
     def resources(self) -> Resources:
-        return Resources(self._memory.read(), traffic.connections(), self._details())
+        reads = self._trainer.memory_reads()
+        return Resources(self._memory.read(), traffic.connections(), reads, self._details())
 
     def _details(self) -> dict[str, float]:
         if self._pacer is None:

@@ -115,6 +115,9 @@ class FSDP2MiCS(HSDP):
             self._model, options.partition_size, topology.ranks_per_node, options.hierarchical
         )
 
+    def memory_reads(self) -> dict[int, int]:
+        return self._collectives.read_from
+
     def close(self) -> None:
         self._collectives.close()
 

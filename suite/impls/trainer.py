@@ -184,6 +184,11 @@ class Trainer(ABC):
     def record_into(self, trace: Trace) -> None:  # noqa: B027 (most implementations log nothing)
         """From now on this implementation adds what it gathers, reduces and waits for to `trace`."""
 
+    def memory_reads(self) -> dict[int, int]:
+        """Bytes that this rank has read from the memory of others on its host, by their rank: traffic
+        that no connection shows."""
+        return {}
+
     def details(self) -> dict[str, float]:
         """Figures of the implementation's own, counted up since it was made; units in their names."""
         return {}

@@ -66,6 +66,9 @@ class Zero3(Trainer):
     def record_into(self, trace: Trace) -> None:
         self.engine.record_into(trace)
 
+    def memory_reads(self) -> dict[int, int]:
+        return self.engine.memory_reads
+
     def details(self) -> dict[str, float]:
         statistics = self.engine.statistics
         return {

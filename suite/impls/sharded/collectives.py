@@ -2,8 +2,9 @@
 
 A flat buffer of `size * n` elements belongs to a group of `size` ranks; shard i, of n elements, is
 its i-th contiguous part. Every call moves several buffers at once and returns a handle; the data
-may be used, and the buffers touched, only after `handle.wait()`. All ranks of a group make the same
-calls in the same order. See `direct`, `hierarchical` and `native` for the implementations.
+may be used, and the results touched, only after `handle.wait()`, the sources overwritten only after
+`quiesce`. All ranks of a group make the same calls in the same order. See `cross_memory`, `direct`,
+`ring`, `hierarchical` and `native` for the implementations.
 """
 
 from __future__ import annotations
@@ -86,8 +87,18 @@ class Collectives(ABC):
         """Replaces each tensor by its sum over the group, bitwise the same on every rank; the wire
         carries `wire`."""
 
+    def quiesce(self) -> None:  # noqa: B027 (most have read their sources when a handle is waited for)
+        """Until no other rank reads this one's sources (shards, pieces) any more: before they are
+        overwritten in place. Every rank calls it, with no call of its own still to come from another
+        thread."""
+
+    @property
+    def read_from(self) -> dict[int, int]:
+        """Bytes that this rank has read from others' memory instead of a connection, by global rank."""
+        return {}
+
     def close(self) -> None:  # noqa: B027 (most hold nothing)
-        """Ends the threads that it holds."""
+        """Ends what it holds; every rank calls it."""
 
 
 class AloneCollectives(Collectives):

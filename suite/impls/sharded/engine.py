@@ -161,6 +161,7 @@ class Engine:
         if not self.skipped:
             if self._clip is not None or scale != 1.0:
                 arena_optimizer.rescale(gradients, norm, self._clip, scale)
+            self._groups.quiesce()
             self.optimizer.step()
             self.refresh_weights()
         self._two_hop.reset(self._trainable_buckets())
@@ -214,6 +215,11 @@ class Engine:
         """What the topology says that a node has had to send to others: to be held against what was
         counted on its connections."""
         return self.statistics.expected_inter_node_bytes + self._two_hop.expected_inter_node_bytes
+
+    @property
+    def memory_reads(self) -> dict[int, int]:
+        """Bytes read from other ranks' memory on this host, by global rank."""
+        return self._groups.read_from
 
     def close(self) -> None:
         """Removes the hooks. The model's parameters stay without memory."""
@@ -410,6 +416,7 @@ class Engine:
 def _gathered(group: Collectives, shard: Tensor) -> Tensor:
     full = torch.empty(group.size * len(shard), dtype=shard.dtype, device=shard.device)
     group.all_gather([full], [shard]).wait()
+    group.quiesce()
     return full
 
 

@@ -27,6 +27,8 @@ class EngineOptions(Options):
     - `one_kernel_norm` (Z7): gradient norm and clipping without a host synchronisation per tensor.
     - `group_batched` (Z9): gradients are sent from where autograd left them, never flattened.
       Needs `preflattened` and a backend with point-to-point messages; elsewhere they are flattened.
+    - `cross_memory`: on the CPU, ranks of one host read each other's memory instead of sending messages
+      over loopback.
     - `stock_collectives`: the backend's own collectives instead of this engine's, so that a
       comparison can give every system the same primitives.
 
@@ -50,6 +52,7 @@ class EngineOptions(Options):
     contiguous_arenas: bool = True
     one_kernel_norm: bool = True
     group_batched: bool = True
+    cross_memory: bool = True
     stock_collectives: bool = False
     partition_size: int | str | None = None
     hierarchical: bool = False
@@ -102,6 +105,7 @@ class UnoptimizedOptions(Zero3Options):
     contiguous_arenas: bool = False
     one_kernel_norm: bool = False
     group_batched: bool = False
+    cross_memory: bool = False
     stock_collectives: bool = True
 
 
