@@ -14,10 +14,11 @@ from torch import Tensor
 
 from suite.config import Config
 from suite.harness.environment import environment
-from suite.harness.launch import launch, prepare
+from suite.harness.launch import launch, prepare, testbed_of
 from suite.harness.worker import build_trainer, make_pacer, model_builder, recipe_of
 from suite.impls.trace import Trace
 from suite.records import CheckRecord
+from suite.testbeds.devices import accelerator_type
 from suite.testbeds.local import LocalTestbed
 from suite.testbeds.testbed import RankContext
 from suite.workloads.data import open_stream
@@ -34,11 +35,12 @@ FP32_TOLERANCE = {
     # (docs/findings.md), and most implementations take their norm with it.
     "max_rel_grad_norm_diff": 1e-3,
 }
-LOW_PRECISION_FACTOR = 3.0
-"""bf16 rounds to 8 bits and fp16 to 11, so no fixed limit fits all models and depths. The limit is
-computed: this many times the error that plain single-process torch in that precision makes itself
-against fp32. The room above 1 is for reductions that are rounded once per rank; a gradient lost or
-counted twice is an error of another order."""
+OWN_ERROR_FACTOR = 3.0
+"""bf16 rounds to 8 bits and fp16 to 11, and an accelerator adds up in another order, so no fixed limit
+fits all models and depths. The limit is computed: this many times the error that plain single-process
+torch in that precision, on that kind of device, makes itself against fp32 on the CPU. The room above 1
+is for reductions that are rounded once per rank; a gradient lost or counted twice is an error of another
+order."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,14 @@ class ReferenceWorker:
 
     def __init__(self, config: Config, context: RankContext) -> None:
         self._config = config
+        self._device = context.device
 
     def run(self, precision: str, path: str) -> None:
         config = self._config
         stream = open_stream(config.workload, config.train.seed)
-        batches = [stream.global_batch(step, config.global_batch) for step in range(STEPS)]
+        batches = [stream.global_batch(step, config.global_batch).to(self._device) for step in range(STEPS)]
         recipe = replace(recipe_of(config.train), precision=precision)
-        run_reference(model_builder(config), recipe, batches).save(Path(path))
+        run_reference(model_builder(config), recipe, batches, self._device).save(Path(path))
 
 
 class References:
@@ -119,13 +122,14 @@ class References:
     def __exit__(self, *error: object) -> None:
         self._folder.cleanup()
 
-    def file(self, config: Config, precision: str) -> Path:
-        """The reference of this training in that precision, whatever the configuration's own."""
+    def file(self, config: Config, precision: str, device_type: str | None = "cpu") -> Path:
+        """The reference of this training in that precision, whatever the configuration's own; with
+        `device_type` None on an accelerator, where there is one."""
         train = replace(config.train, precision=precision)
         key = Config(workload=config.workload, train=train, testbed=config.testbed).hash()
-        path = Path(self._folder.name) / f"{key}.safetensors"
+        path = Path(self._folder.name) / f"{key}-{device_type}.safetensors"
         if not path.exists():
-            _write_reference(config, precision, path)
+            _write_reference(config, precision, device_type, path)
         return path
 
 
@@ -140,11 +144,13 @@ def check(config: Config, references: References | None = None) -> CheckRecord:
     prepare(config)
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     reference = references.file(config, "fp32")
-    tolerance = dict(FP32_TOLERANCE)
-    if config.train.precision != "fp32":
-        plain = references.file(config, config.train.precision)
-        own_error = compare(ReferenceRun.load(plain), ReferenceRun.load(reference))
-        tolerance = {key: LOW_PRECISION_FACTOR * value for key, value in own_error.limits().items()}
+    precision, device_type = config.train.precision, testbed_of(config).device_type
+    on_accelerator = device_type is None and accelerator_type() is not None
+    tolerance = dict(FP32_TOLERANCE) if precision == "fp32" else dict.fromkeys(FP32_TOLERANCE, 0.0)
+    if precision != "fp32" or on_accelerator:
+        plain = references.file(config, precision, None if on_accelerator else "cpu")
+        own_error = compare(ReferenceRun.load(plain), ReferenceRun.load(reference)).limits()
+        tolerance = {key: max(limit, OWN_ERROR_FACTOR * own_error[key]) for key, limit in tolerance.items()}
     with launch(config, CheckWorker) as ranks:
         for _ in range(STEPS):
             ranks.call("step", timeout_s=config.testbed.timeout_s)
@@ -170,8 +176,8 @@ def compare(run: ReferenceRun, reference: ReferenceRun) -> Differences:
     )
 
 
-def _write_reference(config: Config, precision: str, path: Path) -> None:
-    alone = LocalTestbed(ranks=1, ranks_per_node=1, threads=1)
+def _write_reference(config: Config, precision: str, device_type: str | None, path: Path) -> None:
+    alone = LocalTestbed(ranks=1, ranks_per_node=1, threads=1, device_type=device_type)
     with alone.launch(
         lambda context: ReferenceWorker(config, context), config.testbed.startup_timeout_s
     ) as ranks:

@@ -14,7 +14,7 @@ from suite.harness import traffic
 from suite.harness.environment import environment
 from suite.harness.launch import launch, prepare, scale_of, testbed_of
 from suite.harness.noise import Noise, noise_between, read_cpu
-from suite.harness.worker import Resources, StepMeasurement, Worker
+from suite.harness.worker import Device, Resources, StepMeasurement, Worker
 from suite.records import Record, Spread
 from suite.testbeds.testbed import Ranks
 from suite.workloads import flops
@@ -45,6 +45,8 @@ class Team:
     steps: list[list[StepMeasurement]] = field(default_factory=list)
     """Per step, one measurement from each rank."""
     timed_from: int = 0
+    devices: list[Device] = field(default_factory=list)
+    """Of each rank."""
     before: list[Resources] = field(default_factory=list)
     after: list[Resources] = field(default_factory=list)
 
@@ -56,11 +58,12 @@ class Team:
 
     def start_timing(self) -> None:
         self.timed_from = len(self.steps)
+        self.devices = self.ranks.call("device", timeout_s=self.config.testbed.timeout_s)
         self.ranks.call("reset_peak_memory", timeout_s=self.config.testbed.timeout_s)
         self.before = self.resources()
 
     def step_times(self) -> list[float]:
-        """Host seconds per timed step: that of its slowest rank."""
+        """Seconds per timed step: those of its slowest rank."""
         return [max(rank.seconds for rank in step) for step in self.steps[self.timed_from :]]
 
     def waiting(self) -> float | None:
@@ -160,6 +163,8 @@ def _record(team: Team, noise: Noise, started_at: str) -> Record:
     samples = config.global_batch
     work = _own_work(config) if scale is None else (scale.model_flops, scale.hardware_flops)
     model_tflops, hardware_tflops = (operations / spread.median / 1e12 for operations in work)
+    device = team.devices[0]
+    peak = device.peak_tflops if len(set(team.devices)) == 1 else None
     before, after = (
         traffic.matrix([item.connections for item in reading], [item.memory_reads for item in reading])
         for reading in (team.before, team.after)
@@ -199,6 +204,11 @@ def _record(team: Team, noise: Noise, started_at: str) -> Record:
         cohort=f"{started_at}/{config.workload.name}",
         notes=[*team.ranks.call("notes", timeout_s=config.testbed.timeout_s)[0], *_warnings(noise)],
         details=_details(team) | ({} if scale is None else scale.details()),
+        device=device.name,
+        peak_tflops=peak,
+        mfu=None if peak is None else model_tflops / peak,
+        hfu=None if peak is None else hardware_tflops / peak,
+        attention=device.attention,
     )
 
 
@@ -216,10 +226,16 @@ def _warnings(noise: Noise) -> list[str]:
 
 
 def _details(team: Team) -> dict[str, float]:
-    """The implementation's own counters per timed step, on the rank where each grew most."""
+    """The implementation's own counters per timed step, on the rank where each grew most; and on
+    accelerators the allocator's figures, the worst of all ranks, and the step by the host's clock."""
     before, after = ([item.details for item in reading] for reading in (team.before, team.after))
     steps = team.config.train.steps
-    return {
+    details = {
         key: max(late[key] - early[key] for early, late in zip(before, after, strict=True)) / steps
         for key in after[0]
     }
+    if team.after[0].allocator:
+        details |= {key: max(item.allocator[key] for item in team.after) for key in team.after[0].allocator}
+        timed = team.steps[team.timed_from :]
+        details["host_step_s"] = median(max(rank.host_s for rank in step) for step in timed)
+    return details

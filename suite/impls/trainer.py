@@ -58,11 +58,13 @@ class Recipe:
         return torch.optim.AdamW(parameters, **self.adamw_arguments())  # type: ignore[arg-type]
 
     def adamw_arguments(self) -> dict:
+        """`fused` is torch's single kernel for the whole update, on the CPU and on accelerators."""
         return {
             "lr": self.lr,
             "betas": self.betas,
             "eps": self.eps,
             "weight_decay": self.weight_decay,
+            "fused": True,
         }
 
     @property
@@ -134,7 +136,8 @@ class Trainer(ABC):
             self._gradients = self._read_gradients()
         grad_norm, skipped = self._optimizer_step()
         dist.all_reduce(loss)
-        return StepResult(loss.item(), grad_norm, skipped)
+        # Only here does the host wait for the device: everything before has been queued by now.
+        return StepResult(loss.item(), float(grad_norm), skipped)
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Of the last step, before clipping: fp32 on the CPU, averaged over the global batch,
@@ -164,8 +167,9 @@ class Trainer(ABC):
         """`full_gradients`, taken between the last backward and the optimizer."""
 
     @abstractmethod
-    def _optimizer_step(self) -> tuple[float, bool]:
-        """Clips, steps and clears the gradients; returns (gradient norm, skipped)."""
+    def _optimizer_step(self) -> tuple[Tensor | float, bool]:
+        """Clips, steps and clears the gradients; returns (gradient norm, skipped). A norm that is on
+        the device stays there: reading it would hold up the host."""
 
     def save(self, folder: Path, position: int = 0) -> None:
         """A complete checkpoint, on the disk when it returns; `position` counts consumed steps.

@@ -28,6 +28,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from suite.testbeds.devices import bound, stay_off_devices
 from suite.testbeds.ranks import LocalRanks, Raised, Rank
 from suite.testbeds.testbed import Program, RankContext
 
@@ -39,6 +40,7 @@ def stay_forkable() -> None:
     first parallel region. To be called before anything that may compute, imports of frameworks
     included; ranks set their own number of threads."""
     torch.set_num_threads(1)
+    stay_off_devices()
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def _join(number: int, site: Site) -> RankContext:
         wait_for_workers=False,
         master_listen_fd=site.listener.detach() if serves and site.listener is not None else None,
     )
-    dist.init_process_group(backend, store=store, rank=number, world_size=site.ranks)
+    dist.init_process_group(backend, store=store, rank=number, world_size=site.ranks, device_id=bound(device))
     return RankContext(number, site.ranks, site.ranks_per_node, device)
 
 

@@ -54,7 +54,7 @@ class Testbed(ABC):
     """What a number taken here is: `measured`, `emulated` or `projected`."""
 
     device_type: str | None = None
-    """Of the ranks; None means CUDA where there is a GPU, else the CPU."""
+    """Of the ranks; None means an accelerator where there is one, else the CPU."""
 
     busy_limit: float | None = None
     """Share of this machine's cores beyond which times taken here are those of the machine rather

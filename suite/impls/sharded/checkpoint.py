@@ -46,6 +46,8 @@ from suite.impls.sharded.units import Bucket
 FORMAT = 1
 TRAINING = "training.json"
 PARTIAL = ".partial"
+KERNEL_CHOICES = ("fused", "foreach", "capturable", "differentiable")
+"""Of an optimizer: they suit a device, and the one that loads may be another than the one that saved."""
 
 
 class Stateful(Protocol):
@@ -358,13 +360,21 @@ def _training(optimizer: torch.optim.Optimizer, position: int, scheduler: Statef
 
 
 def _make_states(owned: Sequence[Owned], optimizer: torch.optim.Optimizer, training: dict[str, Any]) -> None:
-    """Empty optimizer states of the kinds that the checkpoint holds, to be filled."""
+    """Empty optimizer states of the kinds that the checkpoint holds, to be filled. Scalars (the step
+    count) lie on the device where the optimizer's kernel reads them, else on the CPU."""
     optimizer.state.clear()
+    on_device = {
+        id(tensor)
+        for group in optimizer.param_groups
+        for tensor in group["params"]
+        if group.get("fused") or group.get("capturable")
+    }
     for holder in {id(item.optimized): item.optimized for item in owned}.values():
         if holder is not None and training["states"]:
+            scalar = torch.zeros((), device=holder.device if id(holder) in on_device else "cpu")
             optimizer.state[holder] = {
-                key: torch.zeros(()) if scalar else torch.zeros_like(holder, requires_grad=False)
-                for key, scalar in training["states"].items()
+                key: scalar.clone() if is_scalar else torch.zeros_like(holder, requires_grad=False)
+                for key, is_scalar in training["states"].items()
             }
 
 
@@ -377,7 +387,7 @@ def _set_training(
             f"this one {len(optimizer.param_groups)}"
         )
     for group, saved in zip(optimizer.param_groups, training["groups"], strict=True):
-        group.update(saved)
+        group.update({key: value for key, value in saved.items() if key not in KERNEL_CHOICES})
     if scheduler is not None and training["scheduler"] is not None:
         scheduler.load_state_dict(training["scheduler"])
 

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from suite.impls.sharded import optimizer as arena_optimizer
 from suite.impls.sharded.collectives import Collectives, Handle
+from suite.impls.sharded.compiling import compile_units
 from suite.impls.sharded.groups import Groups
 from suite.impls.sharded.materialize import Initialize, materialize, materialize_buffers
 from suite.impls.sharded.options import EngineOptions
@@ -92,6 +93,8 @@ class Engine:
         """Units whose backward has begun or is expected: names of gradients still to come."""
         self._inputs: dict[int, list[RemovableHandle]] = {}
         """Of units without trainable parameters: hooks on inputs whose gradients are still to come."""
+        if options.compile:
+            compile_units(self.units)
         self._hooks = list(self._install_hooks())
 
     def _partition(

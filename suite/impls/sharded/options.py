@@ -41,6 +41,8 @@ class EngineOptions(Options):
     - `two_hop` (M3): gradients are summed over the replicas once a step. Off: at every micro-step.
     - `optimizer_sharding`: `world` divides optimizer states among the replicas as well.
 
+    Beside these, `compile` has `torch.compile` make a graph of each unit's forward and backward.
+
     `prefetch_mb` bounds what is gathered ahead of its use, `coalesce_mb` what goes into one call
     (both in MiB); `poison` fills released and not yet arrived buffers with NaN (tests).
     """
@@ -58,6 +60,7 @@ class EngineOptions(Options):
     hierarchical: bool = False
     two_hop: bool = True
     optimizer_sharding: str = "partition"
+    compile: bool = False
     prefetch_mb: float = 16.0
     coalesce_mb: float = 4.0
     poison: bool = False
