@@ -99,7 +99,7 @@ class TestbedConfig:
     `alone`: the implementations of a cohort are not alive together, each in a part of the memory, but
     started one after the other in several rounds.
 
-    For Slurm only: `partition` and `time_limit` (as sbatch writes them; None is the cluster's default),
+    For Slurm only: `partition` and `time_limit` (`90m`, `2h`, `1d`; None is the cluster's default),
     `max_nodes`, which all jobs of a sweep together occupy at most, and `sbatch`, further options of that
     command (`--gres=gpu:8`). They change where and when something is measured, not what.
     """
@@ -349,7 +349,8 @@ def _require_cluster_settings(config: Config) -> None:
     testbed, cluster = config.testbed, config.cluster
     for key, pattern, example in (
         ("partition", r"[\w.,-]+", "a name"),
-        ("time_limit", r"\d+|(\d+-)?\d+(:\d+){1,2}|\d+-\d+", "minutes or hours:minutes:seconds"),
+        # Not Slurm's own 1:30:00, which YAML reads as 5400.
+        ("time_limit", r"[1-9]\d*[mhd]", "minutes, hours or days, like 90m, 2h or 1d"),
     ):
         value = getattr(testbed, key)
         _require(value is None or re.fullmatch(pattern, value) is not None, f"testbed.{key}", value, example)

@@ -18,6 +18,7 @@ import slurm_cluster
 from suite.cli import main
 from suite.config import CONFIGS, load
 from suite.errors import UsageError
+from suite.harness import slurm_sweep
 from suite.harness.slurm_sweep import scripts
 from suite.harness.sweep import Cohort, read_sweep
 from suite.harness.task import read_task, write_task
@@ -84,9 +85,9 @@ def test_a_dry_run_prints_the_script_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["run", *ON_SLURM, "testbed.partition=gpu", "testbed.time_limit=1:30:00", "--dry-run"]) == 0
+    assert main(["run", *ON_SLURM, "testbed.partition=gpu", "testbed.time_limit=2h", "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert {"--nodes=2", "--partition=gpu", "--time=1:30:00", "--array=1-1"} <= {*directives(printed)}
+    assert {"--nodes=2", "--partition=gpu", "--time=120", "--array=1-1"} <= {*directives(printed)}
     assert "--nproc-per-node=1" in printed and "--rdzv-backend=c10d" in printed
     assert list(tmp_path.iterdir()) == []
     subprocess.run(["bash", "-n"], input=printed, text=True, check=True)
@@ -110,7 +111,7 @@ def test_a_script_survives_folders_that_a_shell_would_take_apart(tmp_path: Path)
     ("words", "message"),
     [
         (["testbed.partition=a b"], "testbed.partition=a b is not possible"),
-        (["testbed.time_limit=soon"], "testbed.time_limit=soon is not possible"),
+        (["testbed.time_limit=1:30:00"], "it must be minutes, hours or days, like 90m"),
         (["testbed.sbatch=[--x;y]"], "an option in testbed.sbatch=--x;y is not possible"),
         (["testbed.max_nodes=1", "testbed.nodes=2"], "testbed.max_nodes=1 is not possible"),
         (["testbed.partitoin=a"], "did you mean 'testbed.partition'?"),
@@ -176,6 +177,31 @@ def test_a_rank_that_fails_is_reported_from_the_job(cluster: slurm_cluster.Clust
     words = ["run", "impl=ddp", *ON_SLURM, "testbed.timeout_s=0.0001"]
     status, _, err = finish(suite(*words, cluster=cluster, folder=tmp_path))
     assert status == 3 and "did not answer within 0.0001 s in step" in err
+
+
+@needs_slurm
+def test_a_job_that_ends_without_a_result_is_reported_with_its_last_words(
+    cluster: slurm_cluster.Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(slurm_sweep, "GRACE_S", 1.0)
+    monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
+    words = [word for word in ON_SLURM if not word.startswith("workload.data")]
+    assert main(["check", *words, "workload.data=no/such/text", f"out={tmp_path}"]) == 3
+    printed = capsys.readouterr().err
+    assert "ended without a result (FAILED)" in printed and "no/such/text" in printed
+    assert not (tmp_path / "records.jsonl").exists()
+
+
+@needs_slurm
+def test_the_doctor_looks_at_all_nodes(cluster: slurm_cluster.Cluster, tmp_path: Path) -> None:
+    words = ["doctor", "--cluster", "testbed=slurm", "testbed.nodes=2", f"out={tmp_path}"]
+    status, out, err = finish(suite(*words, cluster=cluster, folder=tmp_path))
+    assert status == 0, err
+    for what in ("equal nodes", "2 nodes", "clocks", "all-reduce of 64 MiB", "GB/s"):
+        assert what in out
 
 
 SWEEP = """

@@ -12,7 +12,7 @@ from typing import Any
 
 from suite.errors import UsageError
 from suite.harness.environment import environment
-from suite.testbeds.torchrun import ASK_TIMEOUT_S, NETWORK, Seats
+from suite.testbeds.torchrun import ASK_TIMEOUT_S, Seats, network_settings
 
 MEMORY_TOLERANCE = 0.05
 """Nodes of one kind differ a little in the memory that their firmware leaves over."""
@@ -31,7 +31,7 @@ def describe_node() -> Node:
     """Of this machine; runs on every node."""
     env = environment()
     packages = {f"version of {name}": str(version) for name, version in env["packages"].items()}
-    variables = sorted(f"{key}={value}" for key, value in os.environ.items() if key.startswith(NETWORK))
+    variables = [f"{name}={value}" for name, value in network_settings(os.environ).items()]
     facts = {
         "version of python": env["python"],
         **packages,

@@ -7,11 +7,13 @@ was closed, say) collects what they have finished and follows what still runs, b
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -30,6 +32,9 @@ OPEN = "open.json"
 
 GRACE_S = 20.0
 """How long a result may be late on a shared file system after Slurm says that its task has ended."""
+
+SILENCE_S = 900.0
+"""How long Slurm may fail to answer before following it is given up; the jobs run on even then."""
 
 
 @dataclass
@@ -57,6 +62,25 @@ def run_on_slurm(
     """As `suite.harness.sweep.run_sweep`, on the nodes of a Slurm cluster. Blocks until all tasks have
     ended; KeyboardInterrupt cancels them, and what was finished is kept."""
     _require(cohorts)
+    with _alone_in(out / JOBS):
+        return _run(cohorts, out, observe)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Two that follow the same jobs would collect them twice."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(
+                f"another `suite sweep` follows the jobs in {folder}; wait for it, or name another --out"
+            ) from error
+        yield
+
+
+def _run(cohorts: Sequence[Cohort], out: Path, observe: Callable[[Progress], None]) -> Outcome:
     records, outcome = out / RECORDS, Outcome()
 
     def keep(record: AnyRecord) -> None:
@@ -109,10 +133,9 @@ def _require(cohorts: Sequence[Cohort]) -> None:
 
 
 def scripts(cohorts: Sequence[Cohort], out: Path) -> list[str]:
-    """What would be submitted for the cohorts that are not finished."""
-    finished = {identity(record) for record in read(out / RECORDS)}
+    """What would be submitted for these cohorts."""
     folder = (out / JOBS / "NAME").resolve()
-    return [array.script() for array, _ in _arrays(unfinished(cohorts, finished), folder)]
+    return [array.script() for array, _ in _arrays(cohorts, folder)]
 
 
 def _arrays(cohorts: Sequence[Cohort], folder: Path) -> Iterator[tuple[slurm.JobArray, list[Cohort]]]:
@@ -199,10 +222,18 @@ def _still_queued(tasks: Sequence[Task]) -> list[Task]:
 
 
 def _follow(tasks: list[Task], outcome: Outcome, keep: Callable[[AnyRecord], None], clock: Clock) -> None:
-    started = time.monotonic()
+    started = heard = time.monotonic()
     try:
         while tasks:
-            known = slurm.states({task.job for task in tasks})
+            try:
+                known = slurm.states({task.job for task in tasks})
+            except SuiteError as error:  # a controller that is restarted, say; the jobs run on
+                if time.monotonic() > heard + SILENCE_S:
+                    raise
+                clock.say(str(error))
+                time.sleep(10.0)
+                continue
+            heard = time.monotonic()
             tasks = [task for task in tasks if not _settled(task, known, outcome, keep, clock)]
             clock.say(_summary(tasks, known))
             if tasks:

@@ -58,7 +58,7 @@ class JobArray:
             f"--output={str(self.folder).replace('%', '%%')}/%a.log",
         ]
         settings += [f"--partition={self.partition}"] if self.partition is not None else []
-        settings += [f"--time={self.time_limit}"] if self.time_limit is not None else []
+        settings += [f"--time={_minutes(self.time_limit)}"] if self.time_limit is not None else []
         settings += self.options
         python, folder = shlex.quote(sys.executable), shlex.quote(str(self.folder))
         return "\n".join(
@@ -66,7 +66,8 @@ class JobArray:
                 "#!/bin/bash",
                 *(f"#SBATCH {shlex.quote(setting)}" for setting in settings),
                 "set -euo pipefail",
-                f"cd {shlex.quote(str(ROOT))}",
+                f"cd {shlex.quote(os.getcwd())}",  # where relative paths of the configuration begin
+                f'export PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
                 'nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
                 "head=$(scontrol show node --oneliner \"${nodes%%$'\\n'*}\")",
                 "head=${head#* NodeAddr=}; head=${head%% *}",
@@ -80,6 +81,11 @@ class JobArray:
                 "",
             ]
         )
+
+
+def _minutes(time_limit: str) -> int:
+    """Of `testbed.time_limit`: `90m`, `2h`, `1d`."""
+    return int(time_limit[:-1]) * {"m": 1, "h": 60, "d": 24 * 60}[time_limit[-1]]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from typing import Any
 
 from torch.distributed.rendezvous import rendezvous
 
+from suite.config import SECRET
 from suite.errors import RankError
 from suite.testbeds.door import Address, Door
 from suite.testbeds.ranks import LocalRanks, Raised, Rank
@@ -39,8 +40,10 @@ NOISE_NOTE = "what else used the machines was watched on the first node only"
 _KEY = "suite/door"
 
 
-def started_by_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
+def network_settings(variables: Mapping[str, str]) -> dict[str, str]:
+    """Those variables that set the network's libraries up, by name; secrets masked."""
+    chosen = sorted(name for name in variables if name.startswith(NETWORK))
+    return {name: "***" if SECRET.search(name) else variables[name] for name in chosen}
 
 
 class Seats:
@@ -222,8 +225,7 @@ class TorchrunTestbed(Testbed):
 
     def conditions(self) -> dict[str, Any]:
         """The nodes, and the settings of the network's libraries that reached the ranks."""
-        settings = {**self._environment, **os.environ}
-        network = {key: settings[key] for key in sorted(settings) if key.startswith(NETWORK)}
+        network = network_settings({**self._environment, **os.environ})
         return {"nodes": self._nodes, "network": network}
 
     def notes(self) -> list[str]:
