@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,9 @@ from suite.errors import RankError, SuiteError, UsageError
 from suite.records import AnyRecord, CheckRecord, append, read, to_json
 
 if TYPE_CHECKING:  # importing the harness takes seconds, which a wrong option need not pay
-    from suite.harness.sweep import Progress
+    from suite.harness.doctor import Finding
+    from suite.harness.launch import Place
+    from suite.harness.sweep import Cohort, Progress
 
 OUT = Path("results")
 
@@ -34,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed), 130 (interrupted)."""
     parsed = _parse(arguments)
     try:
-        return parsed.action(parsed)
+        return _act(parsed)
     except SuiteError as error:
         if isinstance(error, RankError) and error.details:
             stderr.print(error.details, markup=False, highlight=False)
@@ -43,6 +46,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         stderr.print("suite: interrupted; finished results are kept", style="red")
         return 130
+
+
+def _act(parsed: argparse.Namespace) -> int:
+    """Under torchrun its rank 0 does what is asked, and the other processes hold seats for it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # importing torch takes seconds
+        parsed.seats = None
+        return parsed.action(parsed)
+    from suite.testbeds.torchrun import join
+
+    with join() as parsed.seats:
+        return 0 if parsed.seats is None else parsed.action(parsed)
+
+
+def _place(parsed: argparse.Namespace) -> Place:
+    from suite.harness.launch import on_seats, testbed_of
+
+    return testbed_of if parsed.seats is None else on_seats(parsed.seats)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -73,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         command = add(name, action, help)
         command.add_argument("options", nargs="*", metavar="KEY=VALUE", help="e.g. impl=ddp train.steps=3")
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        command.add_argument("--dry-run", action="store_true", help="print the Slurm job's script only")
     project = add("project", _project, "what a configuration would do on a cluster (a model, no run)")
     project.add_argument("options", nargs="*", metavar="KEY=VALUE", help="e.g. impl=mics cluster=p4d")
     project.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -95,6 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("file", type=Path)
     sweep.add_argument("options", nargs="*", metavar="KEY=VALUE", help="wins over the file")
     sweep.add_argument("--out", type=Path, default=OUT)
+    sweep.add_argument("--dry-run", action="store_true", help="print the Slurm jobs' scripts only")
+    task = add("task", _task, "what a Slurm job runs: one cohort from a file, its result beside it")
+    task.add_argument("file", type=Path)
     report = add("report", _report, "write the report of result folders")
     report.add_argument("results", nargs="+", type=Path)
     report.add_argument("--out", type=Path, help="the page's folder; report/ unless asked for others only")
@@ -108,19 +132,20 @@ def _parser() -> argparse.ArgumentParser:
     timeline = add("timeline", _timeline, "what each rank does in one step, for ui.perfetto.dev")
     timeline.add_argument("options", nargs="*", metavar="KEY=VALUE", help="as for `suite run`")
     timeline.add_argument("--out", type=Path, default=Path("timeline.json"))
-    add("doctor", _doctor, "what this host can run, and why not")
+    doctor = add("doctor", _doctor, "what this host can run, and why not")
+    doctor.add_argument("--cluster", action="store_true", help="equal nodes, clocks, bandwidth of a cluster")
+    doctor.add_argument("options", nargs="*", metavar="KEY=VALUE", help="e.g. testbed=slurm testbed.nodes=2")
     return parser
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from suite.harness.measure import Failure, measure
     from suite.reports.terminal import terminal_table
 
     config = load(parsed.options)
+    if parsed.dry_run:
+        return _print_scripts([_alone("run", config)], _out(config))
     with stderr.status("starting") as status:
-        (result,) = measure([config], lambda text: status.update(text))
-    if isinstance(result, Failure):
-        raise result.error
+        result = _measured(config, parsed, lambda text: status.update(text))
     _keep(config, result)
     if parsed.json:
         print(to_json(result))
@@ -129,19 +154,94 @@ def _run(parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _measured(config: Config, parsed: argparse.Namespace, say: Callable[[str], None]) -> AnyRecord:
+    if _in_a_job(config, parsed):
+        return _from_a_job("run", config, say)
+    from suite.harness.measure import Failure, measure
+
+    (result,) = measure([config], say, _place(parsed))
+    if isinstance(result, Failure):
+        raise result.error
+    return result
+
+
 def _check(parsed: argparse.Namespace) -> int:
-    from suite.harness.check import check
     from suite.reports.terminal import terminal_table
 
     config = load(parsed.options)
-    with stderr.status(f"checking {config.impl.name} against plain torch"):
-        result = check(config)
+    if parsed.dry_run:
+        return _print_scripts([_alone("check", config)], _out(config))
+    with stderr.status(f"checking {config.impl.name} against plain torch") as status:
+        result = _checked(config, parsed, lambda text: status.update(text))
     _keep(config, result)
     if parsed.json:
         print(to_json(result))
     else:
         stdout.print(terminal_table([result]))
     return 0 if result.ok else 1
+
+
+def _checked(config: Config, parsed: argparse.Namespace, say: Callable[[str], None]) -> CheckRecord:
+    if _in_a_job(config, parsed):
+        result = _from_a_job("check", config, say)
+        assert isinstance(result, CheckRecord)
+        return result
+    from suite.harness.check import References, check
+
+    shared = _out(config) if parsed.seats is not None else None
+    with References(shared) as references:
+        return check(config, references, _place(parsed))
+
+
+def _in_a_job(config: Config, parsed: argparse.Namespace) -> bool:
+    return config.testbed.name == "slurm" and parsed.seats is None
+
+
+def _out(config: Config) -> Path:
+    return Path(config.out) if config.out is not None else OUT
+
+
+def _alone(kind: str, config: Config) -> Cohort:
+    from suite.harness.sweep import Cohort
+
+    return Cohort("", kind, [config])
+
+
+def _from_a_job(kind: str, config: Config, say: Callable[[str], None]) -> AnyRecord:
+    from suite.harness.slurm_sweep import run_once
+
+    result = run_once(_alone(kind, config), _out(config), lambda progress: say(progress.doing))
+    if result.failures:
+        raise result.failures[0].error
+    return result.records[0]
+
+
+def _print_scripts(cohorts: Sequence[Cohort], out: Path) -> int:
+    from suite.harness.slurm_sweep import scripts
+
+    jobs = [cohort for cohort in cohorts if cohort.cells[0].testbed.name == "slurm"]
+    if not jobs:
+        raise UsageError("--dry-run prints the script of a Slurm job; give testbed=slurm")
+    for script in scripts(jobs, out):
+        print(script)
+    return 0
+
+
+def _task(parsed: argparse.Namespace) -> int:
+    from suite.harness.task import examine_task, read_task, run_task
+
+    cohort = read_task(parsed.file)
+    if cohort.kind == "doctor":
+        examine_task(parsed.file, _examine_cluster(cohort.cells[0], parsed))
+        return 0
+
+    def observe(progress: Progress) -> None:
+        print(progress.doing, file=sys.stderr, flush=True)
+
+    result = run_task(parsed.file, _place(parsed), observe)
+    for failure in result.failures:
+        stderr.print(f"failed: {failure.config.impl.name}: {failure.error}", markup=False, soft_wrap=True)
+    return 1 if result.failures else 0
 
 
 def _project(parsed: argparse.Namespace) -> int:
@@ -182,14 +282,21 @@ def _keep(config: Config, record: AnyRecord) -> None:
 
 
 def _sweep(parsed: argparse.Namespace) -> int:
+    from suite.harness.slurm_sweep import run_on_slurm
     from suite.harness.sweep import read_sweep, run_sweep
     from suite.projection.record import project_record
     from suite.reports.terminal import terminal_table
 
     overrides = _overrides(parsed.options)
     cohorts = read_sweep(parsed.file, overrides)
+    if parsed.dry_run:
+        return _print_scripts(cohorts, parsed.out)
+    jobs = [c for c in cohorts if c.kind != "project" and _in_a_job(c.cells[0], parsed)]
+    here = [cohort for cohort in cohorts if cohort not in jobs]
     with _progress_bar() as observe:
-        outcome = run_sweep(cohorts, parsed.out, observe, project_record)
+        outcome = run_sweep(here, parsed.out, observe, project_record, _place(parsed))
+        if jobs:
+            outcome += run_on_slurm(jobs, parsed.out, observe)
     _log_to_wandb(parsed.out, cohorts[0].cells[0])
     stdout.print(terminal_table(read(parsed.out / "records.jsonl")))
     stderr.print(
@@ -314,11 +421,40 @@ def _timeline(parsed: argparse.Namespace) -> int:
 def _doctor(parsed: argparse.Namespace) -> int:
     from suite.harness.doctor import examine
 
+    if parsed.options and not parsed.cluster:
+        raise UsageError("`suite doctor` takes options with --cluster only")
+    findings = _cluster_findings(parsed) if parsed.cluster else examine()
     table = Table("", "what", "detail", "what to do")
-    for finding in examine():
+    for finding in findings:
         table.add_row("ok" if finding.ok else "no", finding.what, finding.detail, finding.remedy)
     stdout.print(table)
-    return 0
+    return 1 if parsed.cluster and not all(finding.ok for finding in findings) else 0
+
+
+def _cluster_findings(parsed: argparse.Namespace) -> list[Finding]:
+    config = load([*(["testbed=torchrun"] if parsed.seats is not None else []), *parsed.options])
+    if parsed.seats is not None:
+        return _examine_cluster(config, parsed)
+    if config.testbed.name != "slurm":
+        raise UsageError(
+            "`suite doctor --cluster` looks at several nodes; give testbed=slurm testbed.nodes=N, or start "
+            "it on all of them with torchrun ... -m suite.cli doctor --cluster"
+        )
+    from suite.harness.slurm_sweep import run_once
+
+    with stderr.status("submitting") as status:
+        result = run_once(_alone("doctor", config), _out(config), lambda p: status.update(p.doing))
+    if result.failures:
+        raise result.failures[0].error
+    return result.findings
+
+
+def _examine_cluster(config: Config, parsed: argparse.Namespace) -> list[Finding]:
+    from suite.harness.cluster_doctor import examine_cluster
+    from suite.testbeds.torchrun import TorchrunTestbed
+
+    testbed = TorchrunTestbed(parsed.seats, config.cluster.env if config.cluster is not None else {})
+    return examine_cluster(parsed.seats, testbed)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from suite.config import Config
 from suite.harness.environment import environment
-from suite.harness.launch import launch, prepare, testbed_of
+from suite.harness.launch import Place, launch, prepare, testbed_of
 from suite.harness.worker import build_trainer, make_pacer, model_builder, recipe_of
 from suite.impls.trace import Trace
 from suite.records import CheckRecord
@@ -111,10 +112,13 @@ class ReferenceWorker:
 
 class References:
     """Reference runs, each made once for all implementations that train the same; in files, because
-    ranks read them. To be used as a context: leaving it removes them."""
+    ranks read them: below `shared` where they are on other machines. To be used as a context: leaving it
+    removes them."""
 
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="suite-check-")
+    def __init__(self, shared: Path | None = None) -> None:
+        if shared is not None:
+            shared.mkdir(parents=True, exist_ok=True)
+        self._folder = tempfile.TemporaryDirectory(prefix="suite-check-", dir=shared)
 
     def __enter__(self) -> References:
         return self
@@ -127,21 +131,21 @@ class References:
         `device_type` None on an accelerator, where there is one."""
         train = replace(config.train, precision=precision)
         key = Config(workload=config.workload, train=train, testbed=config.testbed).hash()
-        path = Path(self._folder.name) / f"{key}-{device_type}.safetensors"
+        path = Path(self._folder.name).resolve() / f"{key}-{device_type}.safetensors"
         if not path.exists():
             _write_reference(config, precision, device_type, path)
         return path
 
 
-def check(config: Config, references: References | None = None) -> CheckRecord:
+def check(config: Config, references: References | None = None, place: Place = testbed_of) -> CheckRecord:
     """Trains `STEPS` steps with the implementation and with plain torch and compares.
 
     Raises UsageError for wrong input, RankError when a rank fails.
     """
     if references is None:
         with References() as references:
-            return check(config, references)
-    prepare(config)
+            return check(config, references, place)
+    prepare(config, place)
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     reference = references.file(config, "fp32")
     precision, device_type = config.train.precision, testbed_of(config).device_type
@@ -151,11 +155,12 @@ def check(config: Config, references: References | None = None) -> CheckRecord:
         plain = references.file(config, precision, None if on_accelerator else "cpu")
         own_error = compare(ReferenceRun.load(plain), ReferenceRun.load(reference)).limits()
         tolerance = {key: max(limit, OWN_ERROR_FACTOR * own_error[key]) for key, limit in tolerance.items()}
-    with launch(config, CheckWorker) as ranks:
+    with launch(config, CheckWorker, place) as ranks:
         for _ in range(STEPS):
             ranks.call("step", timeout_s=config.testbed.timeout_s)
         answers = ranks.call("compare", str(reference), timeout_s=config.testbed.timeout_s)
-    return _record(config, _worst_of(answers), tolerance, started_at)
+    env = environment() | place(config).conditions()
+    return _record(config, _worst_of(answers), tolerance, env, started_at)
 
 
 def compare(run: ReferenceRun, reference: ReferenceRun) -> Differences:
@@ -218,7 +223,9 @@ def _worst_of(answers: Sequence[Differences]) -> Differences:
     return Differences(**limits, worst={"gradient": worst_gradient, "parameter": worst_parameter})
 
 
-def _record(config: Config, found: Differences, tolerance: dict[str, float], started_at: str) -> CheckRecord:
+def _record(
+    config: Config, found: Differences, tolerance: dict[str, float], env: dict[str, Any], started_at: str
+) -> CheckRecord:
     ok = all(value <= tolerance[key] for key, value in found.limits().items())
     return CheckRecord(
         impl=config.impl.name,
@@ -236,7 +243,7 @@ def _record(config: Config, found: Differences, tolerance: dict[str, float], sta
         tolerance=tolerance,
         ok=ok,
         worst=found.worst,
-        env=environment(),
+        env=env,
         config=config.to_dict(),
         config_hash=config.hash(),
         started_at=started_at,

@@ -12,11 +12,11 @@ from suite.config import Config
 from suite.errors import SuiteError
 from suite.harness import traffic
 from suite.harness.environment import environment
-from suite.harness.launch import launch, prepare, scale_of, testbed_of
+from suite.harness.launch import Place, launch, prepare, scale_of, testbed_of
 from suite.harness.noise import Noise, noise_between, read_cpu
 from suite.harness.worker import Device, Resources, StepMeasurement, Worker
 from suite.records import Record, Spread
-from suite.testbeds.testbed import Ranks
+from suite.testbeds.testbed import Ranks, Testbed
 from suite.workloads import flops
 from suite.workloads.models import n_params
 
@@ -41,6 +41,7 @@ class Team:
     """One implementation's ranks during a measurement."""
 
     config: Config
+    testbed: Testbed
     ranks: Ranks
     steps: list[list[StepMeasurement]] = field(default_factory=list)
     """Per step, one measurement from each rank."""
@@ -76,7 +77,9 @@ class Team:
         return median(map(mean, waits)) if all(waits) else None
 
 
-def measure(cohort: Sequence[Config], say: Say = lambda _: None) -> list[Record | Failure]:
+def measure(
+    cohort: Sequence[Config], say: Say = lambda _: None, place: Place = testbed_of
+) -> list[Record | Failure]:
     """Runs all configurations of a cohort at once, their steps taken in turns (A B C A B C ...).
 
     The members may differ in their implementation only. All are alive at the same time, but only
@@ -90,9 +93,10 @@ def measure(cohort: Sequence[Config], say: Say = lambda _: None) -> list[Record 
         teams: list[Team] = []
         for config in cohort:
             say(f"starting {config.impl.name}")
-            prepare(config)
+            prepare(config, place)
             try:
-                teams.append(Team(config, stack.enter_context(launch(config, Worker))))
+                ranks = stack.enter_context(launch(config, Worker, place))
+                teams.append(Team(config, place(config), ranks))
             except SuiteError as error:
                 failures.append(Failure(config, error))
         for _ in range(cohort[0].train.warmup):
@@ -131,7 +135,7 @@ def _timed(teams: list[Team], failures: list[Failure], attempt: int, say: Say) -
         teams = _turn(teams, failures, Team.step)
     noise = noise_between(before, read_cpu(_pids(teams)), attempt)
     if teams:
-        noise = replace(noise, busy_limit=testbed_of(teams[0].config).busy_limit)
+        noise = replace(noise, busy_limit=teams[0].testbed.busy_limit)
     for team in teams:
         team.after = team.resources()
     return teams, noise
@@ -172,7 +176,7 @@ def _record(team: Team, noise: Noise, started_at: str) -> Record:
     seen = any(map(any, after))  # NCCL, for one, does not send through connections of this process
     between = traffic.between_nodes(before, after, config.ranks_per_node)
     return Record(
-        evidence=testbed_of(config).evidence,
+        evidence=team.testbed.evidence,
         impl=config.impl.name,
         workload=config.workload.name,
         testbed=config.testbed.name,
@@ -197,12 +201,16 @@ def _record(team: Team, noise: Noise, started_at: str) -> Record:
         losses=[step[0].loss for step in team.steps],
         grad_norms=[step[0].grad_norm for step in team.steps],
         noise=noise.to_dict(),
-        env=environment(),
+        env=environment() | team.testbed.conditions(),
         config=config.to_dict(),
         config_hash=config.hash(),
         started_at=started_at,
         cohort=f"{started_at}/{config.workload.name}",
-        notes=[*team.ranks.call("notes", timeout_s=config.testbed.timeout_s)[0], *_warnings(noise)],
+        notes=[
+            *team.ranks.call("notes", timeout_s=config.testbed.timeout_s)[0],
+            *team.testbed.notes(),
+            *_warnings(noise),
+        ],
         details=_details(team) | ({} if scale is None else scale.details()),
         device=device.name,
         peak_tflops=peak,

@@ -29,10 +29,12 @@ import torch
 import torch.distributed as dist
 
 from suite.testbeds.devices import bound, stay_off_devices
-from suite.testbeds.ranks import LocalRanks, Raised, Rank
+from suite.testbeds.ranks import ChildProcess, LocalRanks, Raised, Rank
 from suite.testbeds.testbed import Program, RankContext
 
 PR_SET_PDEATHSIG = 1
+
+_FORK = multiprocessing.get_context("fork")
 
 
 def stay_forkable() -> None:
@@ -79,19 +81,11 @@ def forked_ranks(program: Program, site: Site, startup_timeout_s: float) -> Iter
 
 
 def _fork(program: Program, site: Site, folder: Path) -> list[Rank]:
-    fork = multiprocessing.get_context("fork")
     ranks: list[Rank] = []
     try:
         for number in range(site.ranks):
-            ours, theirs = fork.Pipe()
-            log = folder / f"rank-{number}.log"
-            log.touch()
-            process = fork.Process(
-                target=_child, args=(number, program, site, theirs, log, os.getpid()), name=f"rank-{number}"
-            )
-            process.start()
-            theirs.close()
-            ranks.append(Rank(number, process, ours, log))
+            ours, theirs = _FORK.Pipe()
+            ranks.append(Rank(number, fork_rank(number, program, site, theirs, folder), ours))
     except BaseException:
         LocalRanks(ranks).kill()
         raise
@@ -99,6 +93,18 @@ def _fork(program: Program, site: Site, folder: Path) -> list[Rank]:
         if site.listener is not None:
             site.listener.close()
     return ranks
+
+
+def fork_rank(number: int, program: Program, site: Site, channel: Connection, folder: Path) -> ChildProcess:
+    """One rank that answers on `channel` (closed here) and prints into a file of `folder`."""
+    log = folder / f"rank-{number}.log"
+    log.touch()
+    process = _FORK.Process(
+        target=_child, args=(number, program, site, channel, log, os.getpid()), name=f"rank-{number}"
+    )
+    process.start()
+    channel.close()
+    return ChildProcess(process, log)
 
 
 def _child(
@@ -167,7 +173,7 @@ def _serve(program: Program, context: RankContext, channel: Connection) -> None:
     try:
         target = program(context)
     except Exception as error:
-        channel.send(_raised(error))
+        channel.send(raised(error))
         raise
     channel.send(None)
     while (message := channel.recv()) is not None:
@@ -175,7 +181,7 @@ def _serve(program: Program, context: RankContext, channel: Connection) -> None:
         try:
             answer = getattr(target, method)(*arguments)
         except Exception as error:
-            channel.send(_raised(error))
+            channel.send(raised(error))
             raise
         channel.send(answer)
     close = getattr(target, "close", None)
@@ -183,6 +189,7 @@ def _serve(program: Program, context: RankContext, channel: Connection) -> None:
         close()
 
 
-def _raised(error: Exception) -> Raised:
+def raised(error: Exception) -> Raised:
+    """What a caller is told of an exception in another process."""
     first = (str(error).strip().splitlines() or [""])[0]
     return Raised(f"{type(error).__name__}: {first}", traceback.format_exc())

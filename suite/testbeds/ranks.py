@@ -1,4 +1,4 @@
-"""The parent's end of ranks that run as its child processes: calls, failures by name, ending them."""
+"""The caller's end of running ranks: calls, failures by name, ending them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from suite.errors import RankError
 
@@ -25,30 +25,79 @@ class Raised:
     traceback: str
 
 
-class Rank:
-    """The parent's end of one rank."""
+class Process(Protocol):
+    """A rank's process, as its parent sees it; on another machine its parent is asked."""
 
-    def __init__(self, number: int, process: Any, channel: Connection, log: Path) -> None:
-        self.number = number
-        self.process = process
-        self.channel = channel
-        self.log = log
+    @property
+    def pid(self) -> int: ...
+
+    def ended(self) -> str:
+        """How it came to its end; called when its channel is closed."""
+        ...
+
+    def join(self, timeout_s: float) -> None:
+        """Waits until it is gone, so long at most."""
+        ...
+
+    def kill(self) -> None:
+        """Ends it and all that it has started, without waiting for it."""
+        ...
 
     def stack(self) -> str:
-        """Where the rank is right now: asks it to print its stacks and reads them from its log."""
-        before = self.log.stat().st_size
+        """Where it is right now."""
+        ...
+
+    def output(self) -> str:
+        """The end of what it printed."""
+        ...
+
+
+class ChildProcess:
+    """A rank forked from this process."""
+
+    def __init__(self, process: Any, log: Path) -> None:
+        self._process = process
+        self._log = log
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ended(self) -> str:
+        self._process.join(KILL_GRACE_S)
+        code = self._process.exitcode
+        return f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"exited with {code}"
+
+    def join(self, timeout_s: float) -> None:
+        self._process.join(timeout_s)
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def stack(self) -> str:
+        """Asks it to print its stacks and reads them from its log."""
+        before = self._log.stat().st_size
         with suppress(ProcessLookupError):
-            os.kill(self.process.pid, signal.SIGUSR1)
+            os.kill(self.pid, signal.SIGUSR1)
         time.sleep(0.2)
-        return self.log.read_text(errors="replace")[before:].strip()
+        return self._log.read_text(errors="replace")[before:].strip()
 
     def output(self, lines: int = 15) -> str:
-        """The end of what the rank printed."""
-        return "\n".join(self.log.read_text(errors="replace").strip().splitlines()[-lines:])
+        return "\n".join(self._log.read_text(errors="replace").strip().splitlines()[-lines:])
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The caller's end of one rank."""
+
+    number: int
+    process: Process
+    channel: Connection
 
 
 class LocalRanks:
-    """Running ranks on this host (see `suite.testbeds.testbed.Ranks`)."""
+    """Running ranks that answer over a channel each (see `suite.testbeds.testbed.Ranks`)."""
 
     def __init__(self, ranks: list[Rank]) -> None:
         self._ranks = ranks
@@ -99,14 +148,12 @@ class LocalRanks:
         return answer
 
     def _died(self, rank: Rank, doing: str) -> RankError:
-        rank.process.join(KILL_GRACE_S)
-        code = rank.process.exitcode
-        how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"exited with {code}"
-        return RankError(f"rank {rank.number} {how} in {doing}", rank.number, rank.output())
+        message = f"rank {rank.number} {rank.process.ended()} in {doing}"
+        return RankError(message, rank.number, rank.process.output())
 
     def _hung(self, silent: list[Rank], doing: str, timeout_s: float) -> RankError:
         """Names the ranks that are not waiting in a collective: they are what the others wait for."""
-        stacks = {rank.number: rank.stack() for rank in silent}
+        stacks = {rank.number: rank.process.stack() for rank in silent}
         culprits = [number for number, stack in stacks.items() if "torch/distributed/" not in stack]
         number = (culprits or sorted(stacks))[0]
         others = ", ".join(str(other) for other in sorted(stacks) if other != number)
@@ -129,8 +176,7 @@ class LocalRanks:
 
     def kill(self) -> None:
         for rank in self._ranks:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(rank.process.pid, signal.SIGKILL)
+            rank.process.kill()
         for rank in self._ranks:
             rank.process.join(KILL_GRACE_S)
             rank.channel.close()

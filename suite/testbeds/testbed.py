@@ -63,3 +63,16 @@ class Testbed(ABC):
     @abstractmethod
     def launch(self, program: Program, startup_timeout_s: float) -> AbstractContextManager[Ranks]:
         """Starts `program` on every rank; leaving the context ends all of them, whatever happened."""
+
+    def everywhere(self, function: Callable[[], None]) -> None:
+        """Runs it in every process from which ranks will be forked: imports, caches. `function` must be
+        picklable."""
+        function()
+
+    def conditions(self) -> dict[str, Any]:
+        """What a result taken here depends on beyond its configuration and this machine."""
+        return {}
+
+    def notes(self) -> list[str]:
+        """What a reader of a number taken here has to know."""
+        return []
