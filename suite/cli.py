@@ -125,6 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--terminal", action="store_true", help="claims and main tables, here")
     report.add_argument("--export", type=Path, metavar="FOLDER", help="all records as CSV and Parquet")
     report.add_argument("--latex", type=Path, metavar="FOLDER", help="all tables for a paper")
+    report.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="all runs as event files")
+    report.add_argument(
+        "--wandb", metavar="ENTITY/PROJECT", help="build a W&B report; publish when logged in"
+    )
     compare = add("compare", _compare, "is B faster than A? exit status 1 when significantly slower")
     compare.add_argument("first", type=Path, metavar="A", help="a result folder")
     compare.add_argument("second", type=Path, metavar="B", help="another one")
@@ -148,9 +152,10 @@ def _run(parsed: argparse.Namespace) -> int:
         result = _measured(config, parsed, lambda text: status.update(text))
     _keep(config, result)
     if parsed.json:
-        print(to_json(result))
+        print(to_json(result), flush=True)
     else:
         stdout.print(terminal_table([result]))
+    _log_result(config)
     return 0
 
 
@@ -175,9 +180,10 @@ def _check(parsed: argparse.Namespace) -> int:
         result = _checked(config, parsed, lambda text: status.update(text))
     _keep(config, result)
     if parsed.json:
-        print(to_json(result))
+        print(to_json(result), flush=True)
     else:
         stdout.print(terminal_table([result]))
+    _log_result(config)
     return 0 if result.ok else 1
 
 
@@ -274,11 +280,15 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 
 def _keep(config: Config, record: AnyRecord) -> None:
-    """Adds the record to `out` and logs it to W&B, when an output folder is named."""
+    """Adds the record to `out`, when an output folder is named."""
     if config.out is not None:
-        folder = Path(config.out)
-        append(folder / "records.jsonl", record)
-        _log_to_wandb(folder, config)
+        append(Path(config.out) / "records.jsonl", record)
+
+
+def _log_result(config: Config) -> None:
+    """Comes last: what was measured is safe and shown by then, whatever W&B does."""
+    if config.out is not None:
+        _log_to_wandb(Path(config.out), config)
 
 
 def _sweep(parsed: argparse.Namespace) -> int:
@@ -297,7 +307,6 @@ def _sweep(parsed: argparse.Namespace) -> int:
         outcome = run_sweep(here, parsed.out, observe, project_record, _place(parsed))
         if jobs:
             outcome += run_on_slurm(jobs, parsed.out, observe)
-    _log_to_wandb(parsed.out, cohorts[0].cells[0])
     stdout.print(terminal_table(read(parsed.out / "records.jsonl")))
     stderr.print(
         f"{len(outcome.finished)} cells run, {outcome.skipped} were finished before, "
@@ -308,6 +317,7 @@ def _sweep(parsed: argparse.Namespace) -> int:
     wrong = [item for item in outcome.finished if isinstance(item, CheckRecord) and not item.ok]
     for item in wrong:
         stderr.print(f"not ok: {item.impl} ({item.workload}, {item.precision})", style="red")
+    _log_to_wandb(parsed.out, cohorts[0].cells[0], compare=True)
     return 1 if outcome.failures or wrong else 0
 
 
@@ -338,18 +348,21 @@ def _progress_bar() -> Iterator[Callable[[Progress], None]]:
         yield observe
 
 
-def _log_to_wandb(folder: Path, config: Config) -> None:
+def _log_to_wandb(folder: Path, config: Config, compare: bool = False) -> None:
     from suite.reports.wandb_log import log_records
 
-    wandb = config.wandb
-    message = log_records(folder, mode=wandb.mode, entity=wandb.entity, project=wandb.project)
+    message = log_records(folder, config.wandb, compare)
     if message:
         stderr.print(message, markup=False)
 
 
 def _report(parsed: argparse.Namespace) -> int:
     records = [record for folder in parsed.results for record in _read_results(folder)]
-    others = (parsed.terminal, parsed.export, parsed.latex)
+    if parsed.wandb is not None:
+        from suite.reports.wandb_report import publish, require
+
+        require(parsed.wandb)
+    others = (parsed.terminal, parsed.export, parsed.latex, parsed.tensorboard, parsed.wandb)
     if parsed.terminal:
         from suite.reports.terminal import terminal_report
 
@@ -367,25 +380,39 @@ def _report(parsed: argparse.Namespace) -> int:
 
         written = export_latex(named_tables(records), parsed.latex)
         stdout.print(f"{len(written)} tables in {parsed.latex}", soft_wrap=True)
+    if parsed.tensorboard is not None:
+        from suite.reports.tensorboard_log import export_tensorboard
+
+        folders = export_tensorboard(records, parsed.tensorboard)
+        stdout.print(f"{len(folders)} runs; tensorboard --logdir {parsed.tensorboard}", soft_wrap=True)
     if parsed.out is not None or not any(others):
         _write_page(records, parsed.out or Path("report"))
+    if parsed.wandb is not None:
+        from suite.reports.build import WANDB_REPORT
+
+        place = (parsed.out or Path("report")) / WANDB_REPORT
+        stdout.print(publish(parsed.results, parsed.wandb, place), soft_wrap=True, markup=False)
     return 0
 
 
 def _write_page(records: Sequence[AnyRecord], out: Path) -> None:
-    from suite.impls.registry import IMPLEMENTATIONS
-    from suite.reports.build import Description, build_report
+    from suite.reports.build import build_report
+    from suite.reports.descriptions import registered
 
-    descriptions = {
-        name: Description(name, item.summary, item.limits_on_cpu, item.shims)
-        for name, item in IMPLEMENTATIONS.items()
-    }
-    index = build_report(records, out, descriptions)
+    index = build_report(records, out, registered())
     stdout.print(f"report: {index}", soft_wrap=True)
 
 
 def _compare(parsed: argparse.Namespace) -> int:
-    from suite.reports.compare import compare, comparison_table, other_machine, share
+    from suite.reports.compare import (
+        Comparison,
+        Together,
+        compare,
+        comparison_table,
+        other_machine,
+        share,
+        together,
+    )
     from suite.reports.terminal import rich_table
 
     threshold = share(parsed.threshold)
@@ -393,7 +420,8 @@ def _compare(parsed: argparse.Namespace) -> int:
     stdout.print(rich_table(comparison_table(found)))
     if other_machine(found):
         stderr.print("the two were measured on different machines", style="yellow")
-    regressed = [item for item in found if item.regressed(threshold)]
+    judged: list[Comparison | Together] = [*found, *together(found)]
+    regressed = [item for item in judged if item.regressed(threshold)]
     for item in regressed:
         text = f"regression: {item.label} ({item.training}) × {item.interval.middle:.3f}"
         stderr.print(text, style="red", markup=False, soft_wrap=True)
