@@ -325,7 +325,8 @@ def _overrides(words: Sequence[str]) -> dict[str, object]:
     for word in words:
         if "=" not in word:
             raise UsageError(f"{word!r} is not an option; options are written key=value")
-    return {word.partition("=")[0]: OmegaConf.create({"v": word.partition("=")[2]}).v for word in words}
+    pairs = (word.split("=", 1) for word in words)
+    return {key: OmegaConf.from_dotlist([f"value={text}"]).value for key, text in pairs}
 
 
 @contextmanager
