@@ -148,7 +148,7 @@ def check(config: Config, references: References | None = None, place: Place = t
     prepare(config, place)
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     reference = references.file(config, "fp32")
-    precision, device_type = config.train.precision, testbed_of(config).device_type
+    precision, device_type = config.train.precision, place(config).device_type
     on_accelerator = device_type is None and accelerator_type() is not None
     tolerance = dict(FP32_TOLERANCE) if precision == "fp32" else dict.fromkeys(FP32_TOLERANCE, 0.0)
     if precision != "fp32" or on_accelerator:
