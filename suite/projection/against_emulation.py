@@ -13,6 +13,7 @@ from suite.config import load
 from suite.errors import UsageError
 from suite.projection.compute import Costs, Pass
 from suite.projection.emulated import EmulatedCluster, project_emulated
+from suite.projection.simulate import Machine
 from suite.records import AnyRecord, Record
 
 LOCAL_BYTES_S = 1e9
@@ -27,8 +28,11 @@ run on gloo's, whose reduce-scatter moves an all-reduce's bytes."""
 
 @dataclass(frozen=True)
 class Comparison:
-    """One record of the emulated cluster: seconds and bytes of a step, undilated."""
+    """One record of the emulated cluster and the step that is projected for it: seconds and bytes of a
+    step, undilated."""
 
+    record: Record
+    machine: Machine
     impl: str
     options: str
     nodes: int
@@ -69,6 +73,8 @@ def _compared(record: Record) -> Comparison:
     machine = project_emulated(config, emulated_cluster(record))
     options = config.impl.options
     return Comparison(
+        record=record,
+        machine=machine,
         impl=record.impl,
         options=", ".join(f"{key}={value}" for key, value in sorted(options.items())),
         nodes=record.nodes,

@@ -20,20 +20,26 @@ from suite.reports.cohorts import (
     group_cohorts,
     projections_of,
     runs_of,
+    stand_ins_of,
 )
 from suite.reports.descriptions import Description
 from suite.reports.figures import Plot, Style, styles_for
 from suite.reports.published import INSTANCES, NUMBERS, SOURCES
 from suite.reports.sections import correctness, environment, implementations, resources, throughput
 from suite.reports.sections.ablations import ablation_section
+from suite.reports.sections.bounds import bounds_section
 from suite.reports.sections.cohort import cohort_section
+from suite.reports.sections.headline import headline_section
+from suite.reports.sections.hierarchical import hierarchical_section
 from suite.reports.sections.losses import convergence_section
 from suite.reports.sections.memory import memory_section
+from suite.reports.sections.networks import networks_section
 from suite.reports.sections.projected import projected_section
 from suite.reports.sections.runs import Key, key_of, projections_table, run_names, runs_table
 from suite.reports.sections.section import Section
 from suite.reports.sections.summary import impl_names, run_here, summary
 from suite.reports.sections.traffic import traffic_section
+from suite.reports.sections.two_hops import two_hops_section
 from suite.reports.sections.weak_scaling import weak_scaling_section
 from suite.reports.tables import Table, word
 from suite.reports.verdicts import NOT_TESTABLE, VERDICTS
@@ -177,6 +183,11 @@ def extra_sections(
     runs, projections = runs_of(records), projections_of(records)
     possible = (
         weak_scaling_section(runs, styles),
+        headline_section(cohorts, styles),
+        networks_section(runs, styles),
+        hierarchical_section(cohorts),
+        two_hops_section(runs),
+        bounds_section(cohorts, stand_ins_of(records), styles),
         projected_section(projections, styles),
         traffic_section(cohorts),
         ablation_section(cohorts),
