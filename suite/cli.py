@@ -389,7 +389,7 @@ def _report(parsed: argparse.Namespace) -> int:
         folders = export_tensorboard(records, parsed.tensorboard)
         stdout.print(f"{len(folders)} runs; tensorboard --logdir {parsed.tensorboard}", soft_wrap=True)
     if parsed.out is not None or not any(others):
-        _write_page(records, parsed.out or Path("report"))
+        _write_page(records, parsed.out or Path("report"), parsed.results)
     if parsed.wandb is not None:
         from suite.reports.build import WANDB_REPORT
 
@@ -398,11 +398,12 @@ def _report(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _write_page(records: Sequence[AnyRecord], out: Path) -> None:
+def _write_page(records: Sequence[AnyRecord], out: Path, results: Sequence[Path]) -> None:
     from suite.reports.build import build_report
     from suite.reports.descriptions import registered
+    from suite.reports.timelines import read_timelines
 
-    index = build_report(records, out, registered())
+    index = build_report(records, out, registered(), read_timelines(results))
     stdout.print(f"report: {index}", soft_wrap=True)
 
 

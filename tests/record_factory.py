@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from dataclasses import replace
@@ -233,6 +234,7 @@ def emulated(
         inter_node_bytes_per_node=int(sent),
         exposed_comm_s=0.1 * step_s,
         config=settings,
+        config_hash=hashlib.sha256(f"{nodes} {gbit_s} {settings}".encode()).hexdigest()[:16],
         cohort=f"emulated on {nodes} nodes",
         stage="weak scaling",
     )

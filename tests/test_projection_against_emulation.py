@@ -59,5 +59,6 @@ def test_other_methods_and_other_testbeds_are_left_out() -> None:
             [
                 emulated("hsdp", 0.3, 1e6, partition_size=2),
                 replace(emulated("zero3", 0.3, 1e6), evidence="measured"),
+                emulated("zero3", 0.3, 1e6, stock_collectives=True),
             ]
         )

@@ -69,6 +69,13 @@ def test_a_network_sweep_says_what_to_choose_at_each_bandwidth() -> None:
     }
 
 
+def test_of_two_cohorts_at_one_bandwidth_the_larger_is_shown() -> None:
+    sweep = factory.network_sweep()
+    alone = [replace(run, stage="other", cohort="alone") for run in sweep if run.impl in ("floor", "mics")]
+    (network,) = networks([*alone, *sweep])
+    assert {run.cohort for run in network.curves["mics"].values()} == {"at 25.0", "at 100.0", "at 400.0"}
+
+
 def test_methods_that_their_spread_does_not_tell_apart_are_both_a_choice() -> None:
     sweep = factory.network_sweep()
     twin = [

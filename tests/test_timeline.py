@@ -75,7 +75,8 @@ def test_the_command_writes_the_blocks_of_an_emulated_step(tmp_path: Path) -> No
     # the small model really computed before is taken off.
     assert all(event["dur"] < 23_000 for event in events)
     assert max(event["dur"] for event in events) > 15_000
-    assert min(event["ts"] for event in events) == 0
+    # The step begins with the embedding, which is not paced.
+    assert 0 <= min(event["ts"] for event in events) < 20_000
 
 
 def test_a_local_step_can_be_traced_too() -> None:

@@ -25,7 +25,7 @@ LINK, BUSY = "link", "busy, %"
 
 @dataclass(frozen=True)
 class Timeline:
-    """`spans[rank]` and `marks[rank]`, in seconds from the first span of all ranks, undilated where the
+    """`spans[rank]` and `marks[rank]`, in seconds from the first of all ranks, undilated where the
     testbed is slowed down. Ranks are numbered node by node. `link_bytes_s`: what a node's shaped link
     carries, in the same seconds."""
 
@@ -55,7 +55,8 @@ def timeline_of(config: Config, logged: Sequence[Trace]) -> Timeline:
     """What the ranks logged in the same step, on one clock."""
     scale = scale_of(config)
     dilation = 1.0 if scale is None else scale.dilation
-    zero = min((span.start_s for log in logged for span in log.spans), default=0.0)
+    starts = [span.start_s for log in logged for span in log.spans]
+    zero = min([*starts, *(mark.at_s for log in logged for mark in log.marks)], default=0.0)
 
     def moved(moment_s: float) -> float:
         return (moment_s - zero) / dilation

@@ -45,11 +45,17 @@ class Network:
 
 
 def networks(runs: Iterable[Record]) -> list[Network]:
-    """Trainings that a stage ran on more than one bandwidth."""
-    groups: dict[str, list[Record]] = {}
+    """Trainings that were run on more than one bandwidth, whatever stage asked for it. Of several cohorts at
+    one bandwidth the one with the most implementations counts: only what was timed in turns is compared."""
+    groups: dict[str, dict[float, dict[str, list[Record]]]] = {}
     for run in emulated_runs(runs):
-        groups.setdefault(_key(run), []).append(run)
-    several = [group for group in groups.values() if len({gbit_s(run) for run in group}) > 1]
+        cohorts = groups.setdefault(_key(run), {}).setdefault(gbit_s(run), {})
+        cohorts.setdefault(run.cohort, []).append(run)
+    several = [
+        [run for cohorts in group.values() for run in max(cohorts.values(), key=len)]
+        for group in groups.values()
+        if len(group) > 1
+    ]
     found = [_network(f"N{index}", group) for index, group in enumerate(several, 1)]
     return [network for network in found if network.curves]
 
@@ -57,14 +63,13 @@ def networks(runs: Iterable[Record]) -> list[Network]:
 def _key(run: Record) -> str:
     evidence, shared = json.loads(training_key(run))
     shared["cluster"] = {key: v for key, v in shared["cluster"].items() if key != "inter_node_gbit_s"}
-    return json.dumps([run.stage, evidence, shared], sort_keys=True)
+    return json.dumps([evidence, shared], sort_keys=True)
 
 
 def _network(key: str, group: Sequence[Record]) -> Network:
     curves: dict[str, dict[float, Record]] = {}
-    ordered = sorted(group, key=lambda run: run.started_at)
-    for label, run in zip(labels(ordered), ordered, strict=True):
-        curves.setdefault(label, {})[gbit_s(run)] = run  # the newest of several
+    for label, run in zip(labels(group), group, strict=True):
+        curves.setdefault(label, {})[gbit_s(run)] = run
     floor = curves.pop(FLOOR, {})
     run = group[0]
     steps = f"{run.micro_steps} micro-step{'s' if run.micro_steps > 1 else ''}"
