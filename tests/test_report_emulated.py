@@ -98,6 +98,22 @@ def test_the_loss_on_the_slower_network_is_a_share_of_throughput() -> None:
     assert float(lost["deepspeed-zero3"]["low"]) < float(lost["deepspeed-zero3"][key])
 
 
+def test_a_sweep_may_come_from_several_stages_that_time_differently_often() -> None:
+    slow, fast = (
+        [run for run in factory.network_sweep() if run.cohort == f"at {speed}"] for speed in (100.0, 400.0)
+    )
+    fast = [
+        replace(
+            run,
+            stage="other",
+            config={**run.config, "train": {**run.config["train"], "steps": 2, "warmup": 1}},
+        )
+        for run in fast
+    ]
+    (network,) = networks([*slow, *fast])
+    assert network.bandwidths == [100, 400]
+
+
 def test_one_bandwidth_is_no_sweep() -> None:
     assert networks(run for run in factory.network_sweep() if "100" in run.cohort) == []
 
@@ -108,6 +124,12 @@ def test_two_hops_save_a_sum_for_every_micro_step_but_the_last() -> None:
     without = [row for row in rows(two_hops_table(item)) if row["÷ two hops"] != "–"]
     assert [row["more than two hops, MiB"] for row in without] == [row["predicted, MiB"] for row in without]
     assert [row["micro-steps"] for row in without] == ["1", "2", "4"]
+
+
+def test_micro_steps_may_come_from_several_stages() -> None:
+    runs = [replace(run, stage=f"{run.micro_steps} micro-steps") for run in factory.two_hops()]
+    (item,) = accumulations(runs)
+    assert len(item.pairs) == 3
 
 
 def test_flat_and_hierarchical_are_pairs_of_one_partition_size_over_several_nodes() -> None:

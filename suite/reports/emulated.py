@@ -5,11 +5,12 @@ All seconds are undilated: those of the cluster that is emulated.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from suite.records import Record
-from suite.reports.cohorts import FLOOR
+from suite.reports.cohorts import FLOOR, training_key
 
 CONTROL_BYTES = 1e5
 """What losses, norms and barriers of a step send at most: below it nothing worth overlapping left."""
@@ -79,6 +80,16 @@ def best_overlap(run: Record) -> float | None:
     """The share of a step's bytes that fits beside its blocks."""
     compute, link = compute_s(run), link_s(run)
     return min(1.0, compute / link) if compute is not None and link and overlap(run) else None
+
+
+def training_but_for(run: Record, section: str, key: str) -> str:
+    """Equal for runs whose training and place differ in that key of the configuration only, and in how
+    often a step was timed; whatever stage asked for them."""
+    evidence, shared = json.loads(training_key(run))
+    ignored = {(section, key), ("train", "steps"), ("train", "warmup")}
+    for name in {name for name, _ in ignored}:
+        shared[name] = {item: value for item, value in shared[name].items() if (name, item) not in ignored}
+    return json.dumps([evidence, shared], sort_keys=True)
 
 
 def emulated_runs(runs: Iterable[Record]) -> list[Record]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from suite.records import Record
-from suite.reports.cohorts import FLOOR, labels, ranks, training_key
-from suite.reports.emulated import emulated_runs, gbit_s
+from suite.reports.cohorts import FLOOR, labels, ranks
+from suite.reports.emulated import emulated_runs, gbit_s, training_but_for
 
 FAST_GBIT_S, SLOW_GBIT_S = 400, 100
 """Of the claim about networks (Z1); where a sweep has others, the nearest are compared."""
@@ -49,7 +48,9 @@ def networks(runs: Iterable[Record]) -> list[Network]:
     one bandwidth the one with the most implementations counts: only what was timed in turns is compared."""
     groups: dict[str, dict[float, dict[str, list[Record]]]] = {}
     for run in emulated_runs(runs):
-        cohorts = groups.setdefault(_key(run), {}).setdefault(gbit_s(run), {})
+        cohorts = groups.setdefault(training_but_for(run, "cluster", "inter_node_gbit_s"), {}).setdefault(
+            gbit_s(run), {}
+        )
         cohorts.setdefault(run.cohort, []).append(run)
     several = [
         [run for cohorts in group.values() for run in max(cohorts.values(), key=len)]
@@ -58,12 +59,6 @@ def networks(runs: Iterable[Record]) -> list[Network]:
     ]
     found = [_network(f"N{index}", group) for index, group in enumerate(several, 1)]
     return [network for network in found if network.curves]
-
-
-def _key(run: Record) -> str:
-    evidence, shared = json.loads(training_key(run))
-    shared["cluster"] = {key: v for key, v in shared["cluster"].items() if key != "inter_node_gbit_s"}
-    return json.dumps([evidence, shared], sort_keys=True)
 
 
 def _network(key: str, group: Sequence[Record]) -> Network:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
 from suite.records import Record
-from suite.reports.cohorts import cluster_name, ranks, training_key
-from suite.reports.emulated import is_emulated
+from suite.reports.cohorts import cluster_name, ranks
+from suite.reports.emulated import is_emulated, training_but_for
 from suite.reports.figures import PALETTE, Plot, Style, doubling_axis, draw_band, make_plot, shared_legend
 from suite.reports.judges.pairs import Pair, as_it_is, options_of, pairs
 from suite.reports.judges.partition_groups import MICS, hop2_bytes
@@ -77,9 +76,7 @@ def _without(run: Record) -> bool:
 
 
 def _key(run: Record) -> str:
-    evidence, shared = json.loads(training_key(run))
-    shared["train"] = {key: value for key, value in shared["train"].items() if key != "micro_steps"}
-    return json.dumps([run.stage, run.partition_size, evidence, shared], sort_keys=True)
+    return f"{training_but_for(run, 'train', 'micro_steps')} {run.partition_size}"
 
 
 def _title(group: Mapping[int, Pair]) -> str:
