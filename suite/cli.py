@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -163,8 +164,10 @@ def _measured(config: Config, parsed: argparse.Namespace, say: Callable[[str], N
     if _in_a_job(config, parsed):
         return _from_a_job("run", config, say)
     from suite.harness.measure import Failure, measure
+    from suite.harness.sweep import keep_timeline
 
-    (result,) = measure([config], say, _place(parsed))
+    keep = partial(keep_timeline, Path(config.out)) if config.out is not None else lambda *_: None
+    (result,) = measure([config], say, _place(parsed), keep)
     if isinstance(result, Failure):
         raise result.error
     return result
@@ -254,11 +257,11 @@ def _project(parsed: argparse.Namespace) -> int:
     from suite.projection import commands
 
     if parsed.emulated is not None:
-        stdout.print(commands.against_emulation(_read_results(parsed.emulated), parsed.markdown))
-        return 0
-    records, shown = commands.answer(
-        parsed.options, commands.Question.of(parsed), parsed.trace, parsed.markdown
-    )
+        records, shown = commands.against_emulation(_read_results(parsed.emulated), parsed.markdown)
+    else:
+        records, shown = commands.answer(
+            parsed.options, commands.Question.of(parsed), parsed.trace, parsed.markdown
+        )
     for record in records if parsed.out is not None else ():
         append(parsed.out / "records.jsonl", record)
     if parsed.json:
@@ -387,7 +390,7 @@ def _report(parsed: argparse.Namespace) -> int:
         folders = export_tensorboard(records, parsed.tensorboard)
         stdout.print(f"{len(folders)} runs; tensorboard --logdir {parsed.tensorboard}", soft_wrap=True)
     if parsed.out is not None or not any(others):
-        _write_page(records, parsed.out or Path("report"))
+        _write_page(records, parsed.out or Path("report"), parsed.results)
     if parsed.wandb is not None:
         from suite.reports.build import WANDB_REPORT
 
@@ -396,11 +399,12 @@ def _report(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _write_page(records: Sequence[AnyRecord], out: Path) -> None:
+def _write_page(records: Sequence[AnyRecord], out: Path, results: Sequence[Path]) -> None:
     from suite.reports.build import build_report
     from suite.reports.descriptions import registered
+    from suite.reports.timelines import read_timelines
 
-    index = build_report(records, out, registered())
+    index = build_report(records, out, registered(), read_timelines(results))
     stdout.print(f"report: {index}", soft_wrap=True)
 
 

@@ -30,12 +30,26 @@ class Span:
     end_s: float
 
 
+@dataclass(frozen=True)
+class Mark:
+    """Bytes that had left this rank's node by `at_s`, counted from anywhere."""
+
+    at_s: float
+    sent_bytes: int
+
+
 class Trace:
     """One rank's log. While it is not `recording`, adding to it costs a comparison."""
 
     def __init__(self) -> None:
         self.recording = False
         self.spans: list[Span] = []
+        self.marks: list[Mark] = []
+
+    def restart(self) -> None:
+        """Forgets what was logged and records from now on."""
+        self.spans, self.marks = [], []
+        self.recording = True
 
     @staticmethod
     def now() -> float:
@@ -46,6 +60,11 @@ class Trace:
         """A span that ends now."""
         if self.recording:
             self.spans.append(Span(kind, name, start_s, self.now()))
+
+    def mark(self, sent_bytes: int) -> None:
+        """What the link has carried up to now."""
+        if self.recording:
+            self.marks.append(Mark(self.now(), sent_bytes))
 
     @contextmanager
     def span(self, kind: Kind, name: str) -> Iterator[None]:

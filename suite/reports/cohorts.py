@@ -104,7 +104,13 @@ def runs_of(records: Iterable[AnyRecord]) -> list[Record]:
 
 
 def projections_of(records: Iterable[AnyRecord]) -> list[ProjectionRecord]:
-    return [record for record in records if isinstance(record, ProjectionRecord)]
+    """But for those that stand for a run."""
+    return [item for item in records if isinstance(item, ProjectionRecord) and item.stands_for is None]
+
+
+def stand_ins_of(records: Iterable[AnyRecord]) -> list[ProjectionRecord]:
+    """Projections of what was also run, on an emulated cluster."""
+    return [item for item in records if isinstance(item, ProjectionRecord) and item.stands_for is not None]
 
 
 def checks_of(records: Iterable[AnyRecord]) -> list[CheckRecord]:
