@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -84,8 +85,8 @@ class TestbedConfig:
     `dilation` is how many times slower than the real cluster an emulated one runs; None chooses one
     for which this host is fast enough.
 
-    `timeout_s` is how long a rank may stay silent in one step before the run is ended,
-    `startup_timeout_s` the same for building the model and the implementation.
+    `timeout_s` is how long all ranks of a run may stand still (begin no block, finish no collective)
+    before it is ended; `startup_timeout_s` the same for building the model and the implementation.
     """
 
     __test__ = False  # the name starts with "Test", but pytest has nothing to collect here
@@ -95,7 +96,7 @@ class TestbedConfig:
     nodes: int | None = None
     ranks_per_node: int | None = None
     dilation: float | None = None
-    timeout_s: float = 120.0
+    timeout_s: float = 30.0
     startup_timeout_s: float = 300.0
 
 
@@ -186,10 +187,19 @@ def load(overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
     `workload=NAME` and `cluster=NAME` load that preset. Raises UsageError for an unknown key, preset or
     value.
     """
-    given = _given(overrides)
-    for key in SHORT_KEYS:
-        if given.get(key) is not None and not isinstance(given[key], DictConfig):
-            given[key] = {"name": given[key]}
+    try:
+        given = _given(overrides)
+        _refuse_references(OmegaConf.to_container(given, resolve=False))
+        for key in SHORT_KEYS:
+            if given.get(key) is not None and not isinstance(given[key], DictConfig):
+                given[key] = {"name": given[key]}
+        config = _typed(given)
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise UsageError(f"cannot read the configuration: {_first_line(error)}") from error
+    return _resolve(config)
+
+
+def _typed(given: DictConfig) -> Config:
     merged = OmegaConf.structured(Config)
     merged = _merge(
         merged, _preset("workloads", OmegaConf.select(given, "workload.name", default="bert-tiny"))
@@ -199,7 +209,19 @@ def load(overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
         merged = _merge(merged, _preset("clusters", OmegaConf.select(given, "cluster.name", default="p3dn")))
     config = OmegaConf.to_object(_merge(merged, given))
     assert isinstance(config, Config)
-    return _resolve(config)
+    return config
+
+
+def _refuse_references(value: Any) -> None:
+    """No value may be fetched from elsewhere: an environment variable, for one, may hold a secret."""
+    if isinstance(value, dict):
+        for item in value.values():
+            _refuse_references(item)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_references(item)
+    elif isinstance(value, str) and ("${" in value or value == "???"):
+        raise UsageError(f"{value!r} is not possible as a value; write the value itself")
 
 
 def _preset(kind: str, name: Any) -> Any:
@@ -210,7 +232,10 @@ def _preset(kind: str, name: Any) -> Any:
 
 def _given(overrides: Iterable[str] | Mapping[str, Any]) -> DictConfig:
     if isinstance(overrides, Mapping):
-        result = OmegaConf.create(dict(overrides))
+        try:
+            result = OmegaConf.create(dict(overrides))
+        except Exception as error:  # keys and values that OmegaConf has no types for
+            raise UsageError(f"cannot read the configuration: {_first_line(error)}") from error
     else:
         words = list(overrides)
         for word in words:
@@ -253,16 +278,20 @@ def key_names(node: Any, prefix: str = "") -> list[str]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _resolve(config: Config) -> Config:
     """Fills in what follows from the rest and refuses what cannot be run."""
+    _require_finite(config.to_dict())
     _resolve_ranks(config.testbed)
     train, model = config.train, config.workload.model
     for key in ("micro_batch", "micro_steps", "steps"):
         _require(getattr(train, key) >= 1, f"train.{key}", getattr(train, key), "at least 1")
     _require(train.warmup >= 0, "train.warmup", train.warmup, "at least 0")
+    for key in ("timeout_s", "startup_timeout_s"):
+        value = getattr(config.testbed, key)
+        _require(value > 0, f"testbed.{key}", value, "above 0")
     _require(train.lr > 0, "train.lr", train.lr, "above 0")
     _require(train.clip is None or train.clip > 0, "train.clip", train.clip, "above 0, or null")
     if train.precision not in PRECISIONS:
@@ -331,6 +360,16 @@ def _resolve_ranks(testbed: TestbedConfig) -> None:
             f"testbed.ranks={testbed.ranks} is not testbed.nodes={testbed.nodes} x "
             f"testbed.ranks_per_node={testbed.ranks_per_node}; give two of the three"
         )
+
+
+def _require_finite(values: Mapping[str, Any], prefix: str = "") -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _require_finite(value, f"{prefix}{key}.")
+        elif isinstance(value, float):
+            _require(math.isfinite(value), f"{prefix}{key}", value, "finite")
+        elif isinstance(value, int):
+            _require(abs(value) < 2**63, f"{prefix}{key}", value, "a number of 64 bits")
 
 
 def _require(ok: bool, key: str, value: Any, wanted: str) -> None:
