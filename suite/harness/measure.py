@@ -47,6 +47,8 @@ class Team:
     timed_from: int = 0
     before: list[Resources] = field(default_factory=list)
     after: list[Resources] = field(default_factory=list)
+    partition_size: int | None = None
+    notes: list[str] = field(default_factory=list)
 
     def step(self) -> None:
         self.steps.append(self.ranks.call("step", timeout_s=self.config.testbed.timeout_s))
@@ -58,6 +60,11 @@ class Team:
         self.timed_from = len(self.steps)
         self.ranks.call("reset_peak_memory", timeout_s=self.config.testbed.timeout_s)
         self.before = self.resources()
+
+    def stop_timing(self) -> None:
+        self.after = self.resources()
+        self.partition_size = self.ranks.call("partition_size", timeout_s=self.config.testbed.timeout_s)[0]
+        self.notes = self.ranks.call("notes", timeout_s=self.config.testbed.timeout_s)[0]
 
     def step_times(self) -> list[float]:
         """Host seconds per timed step: that of its slowest rank."""
@@ -129,9 +136,7 @@ def _timed(teams: list[Team], failures: list[Failure], attempt: int, say: Say) -
     noise = noise_between(before, read_cpu(_pids(teams)), attempt)
     if teams:
         noise = replace(noise, busy_limit=testbed_of(teams[0].config).busy_limit)
-    for team in teams:
-        team.after = team.resources()
-    return teams, noise
+    return _turn(teams, failures, Team.stop_timing), noise
 
 
 def _turn(teams: list[Team], failures: list[Failure], action: Callable[[Team], None]) -> list[Team]:
@@ -173,7 +178,7 @@ def _record(team: Team, noise: Noise, started_at: str) -> Record:
         world_size=config.world_size,
         nodes=config.world_size // config.ranks_per_node,
         ranks_per_node=config.ranks_per_node,
-        partition_size=team.ranks.call("partition_size", timeout_s=config.testbed.timeout_s)[0],
+        partition_size=team.partition_size,
         micro_batch=train.micro_batch,
         micro_steps=train.micro_steps,
         seq_len=model.seq_len,
@@ -196,7 +201,7 @@ def _record(team: Team, noise: Noise, started_at: str) -> Record:
         config_hash=config.hash(),
         started_at=started_at,
         cohort=f"{started_at}/{config.workload.name}",
-        notes=[*team.ranks.call("notes", timeout_s=config.testbed.timeout_s)[0], *_warnings(noise)],
+        notes=[*team.notes, *_warnings(noise)],
         details=_details(team) | ({} if scale is None else scale.details()),
     )
 

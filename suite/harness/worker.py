@@ -13,7 +13,7 @@ from suite.harness import traffic
 from suite.harness.launch import scale_of
 from suite.harness.memory import PeakMemory
 from suite.impls import registry
-from suite.impls.blocks import block_stack
+from suite.impls.blocks import announce_blocks, block_stack
 from suite.impls.trace import Span, Trace
 from suite.impls.trainer import BuildModel, Recipe, Topology, Trainer
 from suite.testbeds.testbed import RankContext
@@ -71,14 +71,16 @@ def make_pacer(config: Config, trace: Trace) -> Pacer | None:
     return None if scale is None else Pacer(scale.block, trace)
 
 
-def build_trainer(config: Config, context: RankContext, pacer: Pacer | None) -> Trainer:
-    """The configured implementation on this rank, training a paced model when there is a pacer."""
+def build_trainer(config: Config, context: RankContext, pacer: Pacer | None, trace: Trace) -> Trainer:
+    """The configured implementation on this rank, training a paced model when there is a pacer; what it
+    does goes into `trace`."""
     build = model_builder(config)
 
-    def build_paced() -> nn.Module:
+    def build_watched() -> nn.Module:
         model = build()
         if pacer is not None:
             pacer.pace(block_stack(model))
+        announce_blocks(model, trace)
         return model
 
     topology = Topology(context.rank, context.world_size, context.ranks_per_node, context.device)
@@ -91,13 +93,15 @@ def build_trainer(config: Config, context: RankContext, pacer: Pacer | None) -> 
             recipe_of(train).dtype,
             train.activation_checkpointing,
         )
-    return registry.build(
+    trainer = registry.build(
         config.impl.name,
-        build_paced,
+        build_watched,
         recipe_of(config.train, activations),
         topology,
         config.impl.options,
     )
+    trainer.record_into(trace)
+    return trainer
 
 
 class Worker:
@@ -108,10 +112,9 @@ class Worker:
         self._context = context
         self._memory = PeakMemory(context.device)
         self._stream = open_stream(config.workload, config.train.seed)
-        self._trace = Trace()
+        self._trace = Trace(context.whereabouts.tell)
         self._pacer = make_pacer(config, self._trace)
-        self._trainer = build_trainer(config, context, self._pacer)
-        self._trainer.record_into(self._trace)
+        self._trainer = build_trainer(config, context, self._pacer, self._trace)
         self._step = 0
 
     def step(self) -> StepMeasurement:

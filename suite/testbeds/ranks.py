@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from suite.errors import RankError
+from suite.testbeds.whereabouts import Whereabouts
 
 KILL_GRACE_S = 5.0
 FAILURE_GRACE_S = 0.5
+LOOK_S = 1.0
+"""How often silent ranks are looked at for progress."""
+STACKS_S = 0.3
+"""How long ranks are given to print their stacks."""
 
 
 @dataclass(frozen=True)
@@ -28,23 +33,40 @@ class Raised:
 class Rank:
     """The parent's end of one rank."""
 
-    def __init__(self, number: int, process: Any, channel: Connection, log: Path) -> None:
+    def __init__(
+        self,
+        number: int,
+        process: Any,
+        channel: Connection,
+        log: IO[bytes],
+        whereabouts: Whereabouts,
+    ) -> None:
         self.number = number
         self.process = process
         self.channel = channel
-        self.log = log
+        self.whereabouts = whereabouts
+        self._log = log
 
-    def stack(self) -> str:
-        """Where the rank is right now: asks it to print its stacks and reads them from its log."""
-        before = self.log.stat().st_size
-        with suppress(ProcessLookupError):
-            os.kill(self.process.pid, signal.SIGUSR1)
-        time.sleep(0.2)
-        return self.log.read_text(errors="replace")[before:].strip()
+    def printed(self, since: int = 0) -> str:
+        """What the rank has printed, from that byte on."""
+        # Not by seeking: the rank writes at the position that both share.
+        return os.pread(self._log.fileno(), self.log_size() - since, since).decode(errors="replace").strip()
+
+    def log_size(self) -> int:
+        return os.fstat(self._log.fileno()).st_size
 
     def output(self, lines: int = 15) -> str:
         """The end of what the rank printed."""
-        return "\n".join(self.log.read_text(errors="replace").strip().splitlines()[-lines:])
+        return "\n".join(self.printed().splitlines()[-lines:])
+
+    def where(self) -> str:
+        """What it told last, in brackets; empty when it told nothing."""
+        text = str(self.whereabouts.read())
+        return f" ({text})" if text else ""
+
+    def close(self) -> None:
+        self.channel.close()
+        self._log.close()
 
 
 class LocalRanks:
@@ -52,6 +74,7 @@ class LocalRanks:
 
     def __init__(self, ranks: list[Rank]) -> None:
         self._ranks = ranks
+        self._ended = False
 
     def pids(self) -> list[int]:
         return [rank.process.pid for rank in self._ranks]
@@ -68,9 +91,13 @@ class LocalRanks:
         failures: list[RankError] = []
         silent = {rank.channel: rank for rank in self._ranks}
         deadline = time.monotonic() + timeout_s
+        seen = self._sightings(silent.values())
         while silent:
-            ready = wait(list(silent), timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
+            ready = wait(list(silent), timeout=max(0.0, min(LOOK_S, deadline - time.monotonic())))
+            now = self._sightings(silent.values())
+            if not failures and now != seen:
+                seen, deadline = now, time.monotonic() + timeout_s
+            elif not ready and time.monotonic() >= deadline:
                 break
             for channel in ready:
                 rank = silent.pop(channel)  # type: ignore[call-overload]
@@ -83,9 +110,12 @@ class LocalRanks:
                 else:
                     answers[rank.number] = answer
         if failures:
+            self.kill()
             raise min(failures, key=_is_consequence)
         if silent:
-            raise self._hung(list(silent.values()), doing, timeout_s)
+            error = self._hung(list(silent.values()), doing, timeout_s)
+            self.kill()
+            raise error
         return [answers[rank.number] for rank in self._ranks]
 
     def _receive(self, rank: Rank, doing: str) -> Any:
@@ -94,7 +124,7 @@ class LocalRanks:
         except (EOFError, ConnectionResetError):
             return self._died(rank, doing)
         if isinstance(answer, Raised):
-            message = f"rank {rank.number} failed in {doing}: {answer.message}"
+            message = f"rank {rank.number} failed in {doing}{rank.where()}: {answer.message}"
             return RankError(message, rank.number, answer.traceback)
         return answer
 
@@ -102,19 +132,22 @@ class LocalRanks:
         rank.process.join(KILL_GRACE_S)
         code = rank.process.exitcode
         how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"exited with {code}"
-        return RankError(f"rank {rank.number} {how} in {doing}", rank.number, rank.output())
+        return RankError(f"rank {rank.number} {how} in {doing}{rank.where()}", rank.number, rank.output())
+
+    @staticmethod
+    def _sightings(ranks: Iterable[Rank]) -> dict[int, int]:
+        return {rank.number: rank.whereabouts.read().count for rank in ranks}
 
     def _hung(self, silent: list[Rank], doing: str, timeout_s: float) -> RankError:
         """Names the ranks that are not waiting in a collective: they are what the others wait for."""
-        stacks = {rank.number: rank.stack() for rank in silent}
-        culprits = [number for number, stack in stacks.items() if "torch/distributed/" not in stack]
-        number = (culprits or sorted(stacks))[0]
-        others = ", ".join(str(other) for other in sorted(stacks) if other != number)
-        waiting = f" (also silent: rank {others})" if others else ""
+        stacks = _stacks(silent)
+        rank = next((rank for rank in silent if not _waits(rank, stacks[rank.number])), silent[0])
+        others = ", ".join(str(other.number) for other in silent if other is not rank)
         return RankError(
-            f"rank {number} did not answer within {timeout_s:g} s in {doing}{waiting}",
-            number,
-            "\n".join(f"--- rank {other}\n{stack}" for other, stack in sorted(stacks.items())),
+            f"rank {rank.number} made no progress for {timeout_s:g} s in {doing}{rank.where()}"
+            + (f"; also silent: rank {others}" if others else ""),
+            rank.number,
+            "\n".join(f"--- rank {item.number}{item.where()}\n{stacks[item.number]}" for item in silent),
         )
 
     def end(self) -> None:
@@ -128,12 +161,33 @@ class LocalRanks:
         self.kill()
 
     def kill(self) -> None:
+        """The same at once; harmless when they have ended."""
+        if self._ended:
+            return
+        self._ended = True
         for rank in self._ranks:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(rank.process.pid, signal.SIGKILL)
         for rank in self._ranks:
             rank.process.join(KILL_GRACE_S)
-            rank.channel.close()
+            rank.close()
+
+
+def _stacks(ranks: Sequence[Rank]) -> dict[int, str]:
+    """Where each of them is right now: asks it to print its stacks and reads them from its log. One that
+    is stopped by a signal prints none."""
+    before = [rank.log_size() for rank in ranks]
+    for rank in ranks:
+        with suppress(ProcessLookupError):
+            os.kill(rank.process.pid, signal.SIGUSR1)
+    time.sleep(STACKS_S)
+    return {rank.number: rank.printed(size) for rank, size in zip(ranks, before, strict=True)}
+
+
+def _waits(rank: Rank, stack: str) -> bool:
+    """Whether it is inside a collective: by its own word, or on the stack of its training thread."""
+    training_thread = stack.rpartition("Current thread")[2]
+    return bool(rank.whereabouts.read().waiting) or "torch/distributed/" in training_thread
 
 
 def _is_consequence(failure: RankError) -> bool:
