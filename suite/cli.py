@@ -21,7 +21,7 @@ from rich.table import Table
 
 from suite.config import Config, load
 from suite.errors import SuiteError, UsageError
-from suite.records import AnyRecord, CheckRecord, append, read, to_json
+from suite.records import AnyRecord, CheckRecord, Record, append, read, to_json
 from suite.secrets import mask
 
 if TYPE_CHECKING:  # importing the harness takes seconds, which a wrong option need not pay
@@ -146,12 +146,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(parsed: argparse.Namespace) -> int:
+    from suite.harness.elastic import is_elastic, train_elastically
     from suite.harness.measure import Failure, measure
     from suite.reports.terminal import terminal_table
 
     config = load(parsed.options)
     with stderr.status("starting") as status:
-        (result,) = measure([config], lambda text: status.update(text))
+        if is_elastic(config):
+            result: Record | Failure = train_elastically(config, status.update)
+        else:
+            (result,) = measure([config], status.update)
     if isinstance(result, Failure):
         raise result.error
     _keep(config, result)

@@ -63,7 +63,9 @@ class WorkloadConfig:
 @dataclass
 class TrainConfig:
     """What every implementation of a comparison shares. `micro_batch` is in samples per rank;
-    `global_batch` (samples per step) may be given instead and is then dealt out to the ranks."""
+    `global_batch` (samples per step) may be given instead and is then dealt out to the ranks.
+    `checkpoint_every` so many steps `suite run` saves the training, to go on from there after a failure
+    (see `testbed.min_ranks`) or an interruption."""
 
     micro_batch: int = 2
     micro_steps: int = 1
@@ -76,6 +78,7 @@ class TrainConfig:
     clip: float | None = None
     activation_checkpointing: bool = False
     seed: int = 0
+    checkpoint_every: int | None = None
 
 
 @dataclass
@@ -86,7 +89,8 @@ class TestbedConfig:
     for which this host is fast enough.
 
     `timeout_s` is how long all ranks of a run may stand still (begin no block, finish no collective)
-    before it is ended; `startup_timeout_s` the same for building the model and the implementation.
+    before it is ended; `startup_timeout_s` the same for building the model and the implementation. With
+    `min_ranks` a training that saves checkpoints goes on with fewer ranks, down to that many, when one fails.
     """
 
     __test__ = False  # the name starts with "Test", but pytest has nothing to collect here
@@ -98,6 +102,7 @@ class TestbedConfig:
     dilation: float | None = None
     timeout_s: float = 30.0
     startup_timeout_s: float = 300.0
+    min_ranks: int | None = None
 
 
 @dataclass
@@ -170,8 +175,9 @@ class Config:
         what = self.to_dict()
         for key in ("wandb", "out"):
             del what[key]
-        for key in ("timeout_s", "startup_timeout_s"):
+        for key in ("timeout_s", "startup_timeout_s", "min_ranks"):
             del what["testbed"][key]
+        del what["train"]["checkpoint_every"]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -292,6 +298,13 @@ def _resolve(config: Config) -> Config:
     for key in ("timeout_s", "startup_timeout_s"):
         value = getattr(config.testbed, key)
         _require(value > 0, f"testbed.{key}", value, "above 0")
+    every, least = train.checkpoint_every, config.testbed.min_ranks
+    _require(every is None or every >= 1, "train.checkpoint_every", every, "at least 1")
+    _require(least is None or least >= 1, "testbed.min_ranks", least, "at least 1")
+    if least is not None and every is None:
+        raise UsageError(
+            f"testbed.min_ranks={least} needs checkpoints to go on from; give train.checkpoint_every"
+        )
     _require(train.lr > 0, "train.lr", train.lr, "above 0")
     _require(train.clip is None or train.clip > 0, "train.clip", train.clip, "above 0, or null")
     if train.precision not in PRECISIONS:

@@ -24,11 +24,13 @@ class UsageError(SuiteError):
 
 
 class RankError(SuiteError):
-    """A rank raised, died or hung (exit status 3); `details` holds its traceback or the stacks."""
+    """A rank raised, died or hung (exit status 3); `details` holds its traceback or the stacks, `raised` the
+    name of the exception's class where there was one."""
 
-    def __init__(self, message: str, rank: int | None = None, details: str = "") -> None:
+    def __init__(self, message: str, rank: int | None = None, details: str = "", raised: str = "") -> None:
         super().__init__(message, details)
         self.rank = rank
+        self.raised = raised
 
 
 class OutputError(SuiteError):

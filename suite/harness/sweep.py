@@ -129,6 +129,8 @@ def _cell(settings: Iterable[tuple[Any, Any]]) -> Config:
     config = load(OmegaConf.to_container(content))  # type: ignore[arg-type]
     if config.out is not None:
         raise UsageError(f"out={config.out} has no meaning in a sweep; name the folder with --out")
+    if config.train.checkpoint_every is not None:
+        raise UsageError("train.checkpoint_every has no meaning in a sweep, whose cells are timed in turns")
     return config
 
 

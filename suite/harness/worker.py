@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -146,6 +147,14 @@ class Worker:
         self.step()
         self._trace.recording = False
         return self._trace.spans
+
+    def save(self, folder: Path, position: int) -> None:
+        self._trainer.save(folder, position)
+
+    def load(self, folder: Path) -> int:
+        """Goes on from a checkpoint; returns how many steps it has behind it."""
+        self._step = self._trainer.load(folder)
+        return self._step
 
     def reset_peak_memory(self) -> None:
         self._memory.reset()

@@ -125,7 +125,7 @@ class LocalRanks:
             return self._died(rank, doing)
         if isinstance(answer, Raised):
             message = f"rank {rank.number} failed in {doing}{rank.where()}: {answer.message}"
-            return RankError(message, rank.number, answer.traceback)
+            return RankError(message, rank.number, answer.traceback, answer.message.partition(":")[0])
         return answer
 
     def _died(self, rank: Rank, doing: str) -> RankError:

@@ -14,7 +14,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -233,8 +233,32 @@ def _copy(values: Tensor) -> Tensor:
 
 def latest(root: Path) -> Path | None:
     """The complete checkpoint under `root` whose name comes last, if there is one."""
-    found = [file.parent for file in root.glob(f"*/{TRAINING}") if not file.parent.name.endswith(PARTIAL)]
-    return max(found, key=lambda folder: folder.name, default=None)
+    return max(_complete(root), key=lambda folder: folder.name, default=None)
+
+
+def latest_whole(root: Path) -> Path | None:
+    """The same, without those whose files are not what was written. For one process: it reads them."""
+    for folder in sorted(_complete(root), reverse=True):
+        with suppress(UsageError):
+            _read_whole(folder, None)
+            return folder
+    return None
+
+
+def keep_newest(root: Path, count: int) -> None:
+    """Removes all complete checkpoints under `root` but the last ones."""
+    for folder in sorted(_complete(root))[:-count]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def discard_unfinished(root: Path) -> None:
+    """Removes what saves that were killed have left under `root`; nobody may be saving there."""
+    for folder in root.glob(f"*{PARTIAL}"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _complete(root: Path) -> list[Path]:
+    return [file.parent for file in root.glob(f"*/{TRAINING}") if not file.parent.name.endswith(PARTIAL)]
 
 
 def load(folder: Path, engine: Engine, scheduler: Stateful | None = None) -> int:
