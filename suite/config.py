@@ -268,7 +268,8 @@ def _merge(base: Any, extra: Any) -> DictConfig:
         key = str(error.full_key)
         raise unknown("key", key, key_names(Config(cluster=ClusterConfig()))) from error
     except OmegaConfBaseException as error:
-        raise UsageError(f"bad value for {error.full_key}: {_first_line(error)}") from error
+        where = error.full_key or "a group of keys"
+        raise UsageError(f"bad value for {where}: {_first_line(error)}") from error
     assert isinstance(merged, DictConfig)
     return merged
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LISTED = 20
+"""Known names that an error lists at most."""
+
 
 class SuiteError(Exception):
     """Base of every error that reaches the user as one line instead of a traceback; `details` (a rank's
@@ -47,5 +50,6 @@ def unknown(kind: str, value: str, known: Iterable[str]) -> UsageError:
     """The error for a name that does not exist, naming the closest one that does."""
     names = sorted(known)
     close = difflib.get_close_matches(value, names, n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+    some = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {some}"
     return UsageError(f"unknown {kind} {value!r}; {hint}")

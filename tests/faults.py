@@ -15,21 +15,30 @@ TOKEN = "SUITE_TEST_TOKEN"
 def processes_with(token: str) -> list[int]:
     """Living processes that were started with the token in their environment, or forked from such."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
+    for pid in _living():
         with suppress(OSError):
-            marked = f"{TOKEN}={token}".encode() in (folder / "environ").read_bytes().split(b"\0")
-            if marked and (folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                found.append(int(folder.name))
+            if f"{TOKEN}={token}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                found.append(pid)
     return found
 
 
 def descendants(pid: int) -> list[int]:
     """All living children of a process, and theirs."""
-    children: list[int] = []
-    with suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            children += map(int, (task / "children").read_text().split())
-    return children + [below for child in children for below in descendants(child)]
+    parents, found = _living(), [pid]
+    for candidate in found:
+        found += [child for child, parent in parents.items() if parent == candidate]
+    return found[1:]
+
+
+def _living() -> dict[int, int]:
+    """Parents by process id; a zombie is gone for everybody but its parent."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                parents[int(folder.name)] = int(parent)
+    return parents
 
 
 def becomes_true(condition: object, within_s: float = 10.0) -> bool:

@@ -69,14 +69,14 @@ class Trace:
     def span(self, kind: Kind, name: str) -> Iterator[None]:
         """The block of a `with` statement as one span."""
         start_s = self.now()
+        if kind is Kind.WAIT:
+            self._tell(self._doing, name)
         try:
-            if kind is Kind.WAIT:
-                with self.waiting(name):
-                    yield
-            else:
-                yield
+            yield
         finally:
             self.add(kind, name, start_s)
+        if kind is Kind.WAIT:
+            self._tell(self._doing, "")
 
     @contextmanager
     def waiting(self, name: str) -> Iterator[None]:
