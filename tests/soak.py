@@ -46,6 +46,8 @@ stages:
 """
 ROOM_BYTES = 1_000
 """How much further files may grow while the disk is full."""
+RESUMED = 12
+"""Unfinished sweeps that are finished at the end, undisturbed."""
 
 
 def sweeper(folder: Path) -> None:
@@ -91,6 +93,7 @@ class Finding:
 
     minutes: float = 0.0
     sweeps: int = 0
+    resumed: int = 0
     starts: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     records: int = 0
@@ -236,9 +239,11 @@ class Saboteur:
         told = sum(said.get("finished", 0) for said in self.all_said)
         if told > len(before):
             self.found.problems.append(f"{told} results were called finished, {len(before)} are in the file")
-        numbers = [int(path.stem.partition("-")[2]) for path in self.results.glob("sweep-*.yaml")]
-        # Those that were begun last; running all of them again would take as long as the soak.
-        for number in sorted(numbers)[-3:]:
+        recorded = Counter(record.stage for record in before)
+        numbers = sorted(int(path.stem.partition("-")[2]) for path in self.results.glob("sweep-*.yaml"))
+        unfinished = [number for number in numbers if recorded[f"soak {number}"] < CELLS]
+        resumed = unfinished[-RESUMED:]  # all of them might take as long as the soak
+        for number in resumed:
             words = ["sweep", str(sweep_file(self.results, number)), "--out", str(self.results)]
             command = [
                 sys.executable,
@@ -255,14 +260,14 @@ class Saboteur:
         cells = Counter((record.stage, record.config_hash) for record in after)
         twice = [stage for (stage, _), count in cells.items() if count > 1]
         self.found.problems += [f"recorded more than once: {stage}" for stage in twice]
-        for number in sorted(numbers)[-3:]:
+        for number in [number for number in numbers if number not in unfinished[:-RESUMED]]:
             count = sum(stage == f"soak {number}" for stage, _ in cells)
             if count != CELLS:
                 self.found.problems.append(f"sweep {number} has {count} of its {CELLS} records")
+        self.found.sweeps, self.found.resumed = len(numbers), len(resumed)
         failed = [text for said in self.all_said for text in said.get("failed", ())]
         self.found.failures_reported = len(failed)
         self.found.problems += [f"names no rank: {text}" for text in failed if "rank " not in text]
-        self.found.sweeps = len(self.all_said)
         self.found.records = len(after)
         self.look()
         self.leaks()

@@ -136,7 +136,8 @@ def namespaces() -> set[str]:
 
 
 def test_a_disk_that_fills_up_while_recording_keeps_what_is_there_and_shows_the_rest(here: Place) -> None:
-    assert run(here, *SWEEPING, "train.seed=1")[0] == 0
+    (here.folder / "first.yaml").write_text(SWEEP.replace("[1, 2, 3]", "[1]"))
+    assert run(here, "sweep", "first.yaml", *SWEEPING[2:])[0] == 0
     file = here.folder / "out" / "records.jsonl"
     before = file.read_bytes()
     limited = (
@@ -156,7 +157,7 @@ def test_a_disk_that_fills_up_while_recording_keeps_what_is_there_and_shows_the_
     assert "cannot write to out/records.jsonl: File too large" in errors and "Traceback" not in errors
     assert file.read_bytes() == before  # no half line
     shown = [line for line in errors.splitlines() if line.startswith("{")]
-    assert shown and json.loads(shown[0])["config"]["train"]["seed"] == 1  # the result is not lost
+    assert shown and json.loads(shown[0])["config"]["train"]["seed"] == 2  # the result is not lost
     assert here.left_behind() == []
     assert run(here, *SWEEPING)[0] == 0  # with room again it goes on
 
