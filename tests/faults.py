@@ -59,7 +59,8 @@ class Place:
     temporary: Path
 
     def environment(self, **more: str) -> dict[str, str]:
-        return {**os.environ, TOKEN: self.token, "TMPDIR": str(self.temporary), **more}
+        cache = {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / "cache")}  # torch's own, and meant to stay
+        return {**os.environ, TOKEN: self.token, "TMPDIR": str(self.temporary), **cache, **more}
 
     def left_behind(self) -> list[str]:
         """Processes, temporary files and half-written files, once a killed process had time to go."""

@@ -97,6 +97,7 @@ def test_an_interrupted_training_goes_on_where_it_was(
     file.write_bytes(file.read_bytes()[:-1])
     seen: list[str] = []
     record = train_elastically(config, seen.append)
+    assert "checkpoint step-00000006 is damaged; the one before it serves" in seen
     assert "step 4/9" in seen and "step 3/9" not in seen
     assert record.losses == pytest.approx(undisturbed, rel=1e-4)
 

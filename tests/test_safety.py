@@ -14,6 +14,7 @@ from record_factory import check
 import suite
 from suite.cli import main
 from suite.errors import RankError, UsageError
+from suite.harness.sweep import read_sweep
 from suite.records import from_json, to_json
 from suite.secrets import mask
 
@@ -82,6 +83,13 @@ def test_errors_and_what_ranks_printed_show_no_secret(
     assert main(["doctor"]) == 3
     printed = capsys.readouterr()
     assert secret not in printed.out + printed.err and printed.err.count("***") == 2
+
+
+def test_a_sweep_file_cannot_choose_where_results_go(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text("stages: [{impls: [ddp], base: {out: /tmp/elsewhere}}]")
+    with pytest.raises(UsageError, match="out=/tmp/elsewhere has no meaning in a sweep"):
+        read_sweep(file)
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/etc/passwd", "a/b", "", ".hidden", "a\0b"])

@@ -114,11 +114,13 @@ def _attempt(config: Config, folder: Path, started_at: str, say: Say) -> Record:
     last = train.warmup + train.steps
     say(f"starting {config.impl.name} on {config.world_size} ranks")
     prepare(config)
-    whole = checkpoint.latest_whole(folder)
+    for damaged in checkpoint.discard_damaged(folder):
+        say(f"checkpoint {damaged.name} is damaged; the one before it serves")
+    newest = checkpoint.latest(folder)
     _cut_unfinished_line(folder / CURVE)
     with launch(config, Worker) as ranks:
         team = Team(config, ranks)
-        first = 0 if whole is None else ranks.call("load", whole, timeout_s=timeout_s)[0]
+        first = 0 if newest is None else ranks.call("load", newest, timeout_s=timeout_s)[0]
         # The first step after a start is always a warm-up, unless it is the only one.
         timed_from = min(max(train.warmup, first + 1 if first else 0), last - 1)
         for step in range(first, last):

@@ -48,9 +48,10 @@ def log_records(
         return None
     if importlib.util.find_spec("wandb") is None:
         return "not logged to W&B: the package is not installed (pip install wandb, or wandb.mode=disabled)"
-    words = ["--mode", mode, "--project", project, "--group", group or directory.resolve().name]
+    # In one word each: a name may begin with a dash.
+    words = [f"--mode={mode}", f"--project={project}", f"--group={group or directory.resolve().name}"]
     if entity:
-        words += ["--entity", entity]
+        words.append(f"--entity={entity}")
     return _run_apart([str(directory.resolve()), *words], timeout_s)
 
 

@@ -14,7 +14,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -236,13 +236,18 @@ def latest(root: Path) -> Path | None:
     return max(_complete(root), key=lambda folder: folder.name, default=None)
 
 
-def latest_whole(root: Path) -> Path | None:
-    """The same, without those whose files are not what was written. For one process: it reads them."""
+def discard_damaged(root: Path) -> list[Path]:
+    """Removes the complete checkpoints after the last one whose files are as they were written, and returns
+    their folders. For one process: it reads them all through."""
+    damaged = []
     for folder in sorted(_complete(root), reverse=True):
-        with suppress(UsageError):
+        try:
             _read_whole(folder, None)
-            return folder
-    return None
+            break
+        except UsageError:
+            damaged.append(folder)
+            shutil.rmtree(folder)
+    return damaged
 
 
 def keep_newest(root: Path, count: int) -> None:
