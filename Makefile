@@ -32,7 +32,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy setuptools wheel ninja
 	@echo 'installing the suite, the baselines, W&B and the development tools'
 	@DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation \
-	    -c constraints.txt -e '.[baselines,wandb,dev]'
+	    -c constraints.txt -e '.[baselines,wandb,export,dev]'
 	@$(BIN)/python -m suite.impls.deepspeed_build
 	@touch $(READY)
 

@@ -21,11 +21,13 @@ from rich.table import Table
 
 from suite.config import Config, load
 from suite.errors import SuiteError, UsageError
-from suite.records import AnyRecord, CheckRecord, Record, append, read, to_json
+from suite.records import AnyRecord, CheckRecord, append, read, to_json
 from suite.secrets import mask
 
 if TYPE_CHECKING:  # importing the harness takes seconds, which a wrong option need not pay
-    from suite.harness.sweep import Progress
+    from suite.harness.doctor import Finding
+    from suite.harness.launch import Place
+    from suite.harness.sweep import Cohort, Progress
 
 OUT = Path("results")
 
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parse(arguments)
     try:
         with _ended_in_order():
-            return parsed.action(parsed)
+            return _act(parsed)
     except SuiteError as error:
         if error.details:
             _complain(error.details, style=None)
@@ -78,6 +80,23 @@ def _complain(text: str, style: str | None = "red") -> None:
     stderr.print(mask(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+def _act(parsed: argparse.Namespace) -> int:
+    """Under torchrun its rank 0 does what is asked, and the other processes hold seats for it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # importing torch takes seconds
+        parsed.seats = None
+        return parsed.action(parsed)
+    from suite.testbeds.torchrun import join
+
+    with join() as parsed.seats:
+        return 0 if parsed.seats is None else parsed.action(parsed)
+
+
+def _place(parsed: argparse.Namespace) -> Place:
+    from suite.harness.launch import on_seats, testbed_of
+
+    return testbed_of if parsed.seats is None else on_seats(parsed.seats)
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """argparse, which alone would refuse options that follow a flag (`--json train.steps=3`)."""
     parser = _parser()
@@ -106,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         command = add(name, action, help)
         command.add_argument("options", nargs="*", metavar="KEY=VALUE", help="e.g. impl=ddp train.steps=3")
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        command.add_argument("--dry-run", action="store_true", help="print the Slurm job's script only")
     project = add("project", _project, "what a configuration would do on a cluster (a model, no run)")
     project.add_argument("options", nargs="*", metavar="KEY=VALUE", help="e.g. impl=mics cluster=p4d")
     project.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -128,12 +148,19 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("file", type=Path)
     sweep.add_argument("options", nargs="*", metavar="KEY=VALUE", help="wins over the file")
     sweep.add_argument("--out", type=Path, default=OUT)
+    sweep.add_argument("--dry-run", action="store_true", help="print the Slurm jobs' scripts only")
+    task = add("task", _task, "what a Slurm job runs: one cohort from a file, its result beside it")
+    task.add_argument("file", type=Path)
     report = add("report", _report, "write the report of result folders")
     report.add_argument("results", nargs="+", type=Path)
     report.add_argument("--out", type=Path, help="the page's folder; report/ unless asked for others only")
     report.add_argument("--terminal", action="store_true", help="claims and main tables, here")
     report.add_argument("--export", type=Path, metavar="FOLDER", help="all records as CSV and Parquet")
     report.add_argument("--latex", type=Path, metavar="FOLDER", help="all tables for a paper")
+    report.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="all runs as event files")
+    report.add_argument(
+        "--wandb", metavar="ENTITY/PROJECT", help="build a W&B report; publish when logged in"
+    )
     compare = add("compare", _compare, "is B faster than A? exit status 1 when significantly slower")
     compare.add_argument("first", type=Path, metavar="A", help="a result folder")
     compare.add_argument("second", type=Path, metavar="B", help="another one")
@@ -141,44 +168,122 @@ def _parser() -> argparse.ArgumentParser:
     timeline = add("timeline", _timeline, "what each rank does in one step, for ui.perfetto.dev")
     timeline.add_argument("options", nargs="*", metavar="KEY=VALUE", help="as for `suite run`")
     timeline.add_argument("--out", type=Path, default=Path("timeline.json"))
-    add("doctor", _doctor, "what this host can run, and why not")
+    doctor = add("doctor", _doctor, "what this host can run, and why not")
+    doctor.add_argument("--cluster", action="store_true", help="equal nodes, clocks, bandwidth of a cluster")
+    doctor.add_argument("options", nargs="*", metavar="KEY=VALUE", help="e.g. testbed=slurm testbed.nodes=2")
     return parser
 
 
 def _run(parsed: argparse.Namespace) -> int:
     from suite.harness.elastic import is_elastic, train_elastically
-    from suite.harness.measure import Failure, measure
     from suite.reports.terminal import terminal_table
 
     config = load(parsed.options)
+    if parsed.dry_run:
+        return _print_scripts([_alone("run", config)], _out(config))
     with stderr.status("starting") as status:
         if is_elastic(config):
-            result: Record | Failure = train_elastically(config, status.update)
+            result: AnyRecord = train_elastically(config, status.update, _place(parsed))
         else:
-            (result,) = measure([config], status.update)
-    if isinstance(result, Failure):
-        raise result.error
+            result = _measured(config, parsed, status.update)
     _keep(config, result)
     if parsed.json:
-        print(to_json(result))
+        print(to_json(result), flush=True)
     else:
         stdout.print(terminal_table([result]))
+    _log_result(config)
     return 0
 
 
+def _measured(config: Config, parsed: argparse.Namespace, say: Callable[[str], None]) -> AnyRecord:
+    if _in_a_job(config, parsed):
+        return _from_a_job("run", config, say)
+    from suite.harness.measure import Failure, measure
+
+    (result,) = measure([config], say, _place(parsed))
+    if isinstance(result, Failure):
+        raise result.error
+    return result
+
+
 def _check(parsed: argparse.Namespace) -> int:
-    from suite.harness.check import check
     from suite.reports.terminal import terminal_table
 
     config = load(parsed.options)
-    with stderr.status(f"checking {config.impl.name} against plain torch"):
-        result = check(config)
+    if parsed.dry_run:
+        return _print_scripts([_alone("check", config)], _out(config))
+    with stderr.status(f"checking {config.impl.name} against plain torch") as status:
+        result = _checked(config, parsed, lambda text: status.update(text))
     _keep(config, result)
     if parsed.json:
-        print(to_json(result))
+        print(to_json(result), flush=True)
     else:
         stdout.print(terminal_table([result]))
+    _log_result(config)
     return 0 if result.ok else 1
+
+
+def _checked(config: Config, parsed: argparse.Namespace, say: Callable[[str], None]) -> CheckRecord:
+    if _in_a_job(config, parsed):
+        result = _from_a_job("check", config, say)
+        assert isinstance(result, CheckRecord)
+        return result
+    from suite.harness.check import References, check
+
+    shared = _out(config) if parsed.seats is not None else None
+    with References(shared) as references:
+        return check(config, references, _place(parsed))
+
+
+def _in_a_job(config: Config, parsed: argparse.Namespace) -> bool:
+    return config.testbed.name == "slurm" and parsed.seats is None
+
+
+def _out(config: Config) -> Path:
+    return Path(config.out) if config.out is not None else OUT
+
+
+def _alone(kind: str, config: Config) -> Cohort:
+    from suite.harness.sweep import Cohort
+
+    return Cohort("", kind, [config])
+
+
+def _from_a_job(kind: str, config: Config, say: Callable[[str], None]) -> AnyRecord:
+    from suite.harness.slurm_sweep import run_once
+
+    result = run_once(_alone(kind, config), _out(config), lambda progress: say(progress.doing))
+    if result.failures:
+        raise result.failures[0].error
+    return result.records[0]
+
+
+def _print_scripts(cohorts: Sequence[Cohort], out: Path) -> int:
+    from suite.harness.slurm_sweep import scripts
+
+    jobs = [cohort for cohort in cohorts if cohort.cells[0].testbed.name == "slurm"]
+    if not jobs:
+        raise UsageError("--dry-run prints the script of a Slurm job; give testbed=slurm")
+    for script in scripts(jobs, out):
+        print(script)
+    return 0
+
+
+def _task(parsed: argparse.Namespace) -> int:
+    from suite.harness.task import examine_task, read_task, run_task
+
+    cohort = read_task(parsed.file)
+    if cohort.kind == "doctor":
+        examine_task(parsed.file, _examine_cluster(cohort.cells[0], parsed))
+        return 0
+
+    def observe(progress: Progress) -> None:
+        print(progress.doing, file=sys.stderr, flush=True)
+
+    result = run_task(parsed.file, _place(parsed), observe)
+    for failure in result.failures:
+        stderr.print(f"failed: {failure.config.impl.name}: {failure.error}", markup=False, soft_wrap=True)
+    return 1 if result.failures else 0
 
 
 def _project(parsed: argparse.Namespace) -> int:
@@ -211,23 +316,33 @@ def _plan(parsed: argparse.Namespace) -> int:
 
 
 def _keep(config: Config, record: AnyRecord) -> None:
-    """Adds the record to `out` and logs it to W&B, when an output folder is named."""
+    """Adds the record to `out`, when an output folder is named."""
     if config.out is not None:
-        folder = Path(config.out)
-        append(folder / "records.jsonl", record)
-        _log_to_wandb(folder, config)
+        append(Path(config.out) / "records.jsonl", record)
+
+
+def _log_result(config: Config) -> None:
+    """Comes last: what was measured is safe and shown by then, whatever W&B does."""
+    if config.out is not None:
+        _log_to_wandb(Path(config.out), config)
 
 
 def _sweep(parsed: argparse.Namespace) -> int:
+    from suite.harness.slurm_sweep import run_on_slurm
     from suite.harness.sweep import read_sweep, run_sweep
     from suite.projection.record import project_record
     from suite.reports.terminal import terminal_table
 
     overrides = _overrides(parsed.options)
     cohorts = read_sweep(parsed.file, overrides)
+    if parsed.dry_run:
+        return _print_scripts(cohorts, parsed.out)
+    jobs = [c for c in cohorts if c.kind != "project" and _in_a_job(c.cells[0], parsed)]
+    here = [cohort for cohort in cohorts if cohort not in jobs]
     with _progress_bar() as observe:
-        outcome = run_sweep(cohorts, parsed.out, observe, project_record)
-    _log_to_wandb(parsed.out, cohorts[0].cells[0])
+        outcome = run_sweep(here, parsed.out, observe, project_record, _place(parsed))
+        if jobs:
+            outcome += run_on_slurm(jobs, parsed.out, observe)
     stdout.print(terminal_table(read(parsed.out / "records.jsonl")))
     stderr.print(
         f"{len(outcome.finished)} cells run, {outcome.skipped} were finished before, "
@@ -238,6 +353,7 @@ def _sweep(parsed: argparse.Namespace) -> int:
     wrong = [item for item in outcome.finished if isinstance(item, CheckRecord) and not item.ok]
     for item in wrong:
         stderr.print(f"not ok: {item.impl} ({item.workload}, {item.precision})", style="red")
+    _log_to_wandb(parsed.out, cohorts[0].cells[0], compare=True)
     return 1 if outcome.failures or wrong else 0
 
 
@@ -268,18 +384,21 @@ def _progress_bar() -> Iterator[Callable[[Progress], None]]:
         yield observe
 
 
-def _log_to_wandb(folder: Path, config: Config) -> None:
+def _log_to_wandb(folder: Path, config: Config, compare: bool = False) -> None:
     from suite.reports.wandb_log import log_records
 
-    wandb = config.wandb
-    message = log_records(folder, mode=wandb.mode, entity=wandb.entity, project=wandb.project)
+    message = log_records(folder, config.wandb, compare)
     if message:
         _complain(message, style=None)
 
 
 def _report(parsed: argparse.Namespace) -> int:
     records = [record for folder in parsed.results for record in _read_results(folder)]
-    others = (parsed.terminal, parsed.export, parsed.latex)
+    if parsed.wandb is not None:
+        from suite.reports.wandb_report import publish, require
+
+        require(parsed.wandb)
+    others = (parsed.terminal, parsed.export, parsed.latex, parsed.tensorboard, parsed.wandb)
     if parsed.terminal:
         from suite.reports.terminal import terminal_report
 
@@ -297,25 +416,39 @@ def _report(parsed: argparse.Namespace) -> int:
 
         written = export_latex(named_tables(records), parsed.latex)
         stdout.print(f"{len(written)} tables in {parsed.latex}", soft_wrap=True)
+    if parsed.tensorboard is not None:
+        from suite.reports.tensorboard_log import export_tensorboard
+
+        folders = export_tensorboard(records, parsed.tensorboard)
+        stdout.print(f"{len(folders)} runs; tensorboard --logdir {parsed.tensorboard}", soft_wrap=True)
     if parsed.out is not None or not any(others):
         _write_page(records, parsed.out or Path("report"))
+    if parsed.wandb is not None:
+        from suite.reports.build import WANDB_REPORT
+
+        place = (parsed.out or Path("report")) / WANDB_REPORT
+        stdout.print(publish(parsed.results, parsed.wandb, place), soft_wrap=True, markup=False)
     return 0
 
 
 def _write_page(records: Sequence[AnyRecord], out: Path) -> None:
-    from suite.impls.registry import IMPLEMENTATIONS
-    from suite.reports.build import Description, build_report
+    from suite.reports.build import build_report
+    from suite.reports.descriptions import registered
 
-    descriptions = {
-        name: Description(name, item.summary, item.limits_on_cpu, item.shims)
-        for name, item in IMPLEMENTATIONS.items()
-    }
-    index = build_report(records, out, descriptions)
+    index = build_report(records, out, registered())
     stdout.print(f"report: {index}", soft_wrap=True)
 
 
 def _compare(parsed: argparse.Namespace) -> int:
-    from suite.reports.compare import compare, comparison_table, other_machine, share
+    from suite.reports.compare import (
+        Comparison,
+        Together,
+        compare,
+        comparison_table,
+        other_machine,
+        share,
+        together,
+    )
     from suite.reports.terminal import rich_table
 
     threshold = share(parsed.threshold)
@@ -323,7 +456,8 @@ def _compare(parsed: argparse.Namespace) -> int:
     stdout.print(rich_table(comparison_table(found)))
     if other_machine(found):
         stderr.print("the two were measured on different machines", style="yellow")
-    regressed = [item for item in found if item.regressed(threshold)]
+    judged: list[Comparison | Together] = [*found, *together(found)]
+    regressed = [item for item in judged if item.regressed(threshold)]
     for item in regressed:
         text = f"regression: {item.label} ({item.training}) × {item.interval.middle:.3f}"
         stderr.print(text, style="red", markup=False, soft_wrap=True)
@@ -351,11 +485,40 @@ def _timeline(parsed: argparse.Namespace) -> int:
 def _doctor(parsed: argparse.Namespace) -> int:
     from suite.harness.doctor import examine
 
+    if parsed.options and not parsed.cluster:
+        raise UsageError("`suite doctor` takes options with --cluster only")
+    findings = _cluster_findings(parsed) if parsed.cluster else examine()
     table = Table("", "what", "detail", "what to do")
-    for finding in examine():
+    for finding in findings:
         table.add_row("ok" if finding.ok else "no", finding.what, finding.detail, finding.remedy)
     stdout.print(table)
-    return 0
+    return 1 if parsed.cluster and not all(finding.ok for finding in findings) else 0
+
+
+def _cluster_findings(parsed: argparse.Namespace) -> list[Finding]:
+    config = load([*(["testbed=torchrun"] if parsed.seats is not None else []), *parsed.options])
+    if parsed.seats is not None:
+        return _examine_cluster(config, parsed)
+    if config.testbed.name != "slurm":
+        raise UsageError(
+            "`suite doctor --cluster` looks at several nodes; give testbed=slurm testbed.nodes=N, or start "
+            "it on all of them with torchrun ... -m suite.cli doctor --cluster"
+        )
+    from suite.harness.slurm_sweep import run_once
+
+    with stderr.status("submitting") as status:
+        result = run_once(_alone("doctor", config), _out(config), lambda p: status.update(p.doing))
+    if result.failures:
+        raise result.failures[0].error
+    return result.findings
+
+
+def _examine_cluster(config: Config, parsed: argparse.Namespace) -> list[Finding]:
+    from suite.harness.cluster_doctor import examine_cluster
+    from suite.testbeds.torchrun import TorchrunTestbed
+
+    testbed = TorchrunTestbed(parsed.seats, config.cluster.env if config.cluster is not None else {})
+    return examine_cluster(parsed.seats, testbed)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -22,6 +24,20 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SHORT_KEYS = ("impl", "testbed", "workload", "cluster")
 """Keys with a name of their own, which may be given alone: `impl=ddp`."""
 PRECISIONS = ("fp32", "bf16", "fp16")
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+"""Names of environment variables whose values nobody may read."""
+REAL_CLUSTERS = ("torchrun", "slurm")
+"""Testbeds on machines that something else than this program has brought together."""
+NOT_MEASURED = (
+    "timeout_s",
+    "startup_timeout_s",
+    "min_ranks",
+    "partition",
+    "time_limit",
+    "max_nodes",
+    "sbatch",
+)
+"""Keys of `testbed` that do not change what is measured."""
 
 
 @dataclass
@@ -83,7 +99,8 @@ class TrainConfig:
 
 @dataclass
 class TestbedConfig:
-    """Where ranks run: `local` or `emulated`. `ranks = nodes * ranks_per_node`; any two say the third.
+    """Where ranks run: `local`, `emulated`, `torchrun` (in processes that torchrun has started) or `slurm`
+    (in a job of such). `ranks = nodes * ranks_per_node`; any two say the third.
 
     `dilation` is how many times slower than the real cluster an emulated one runs; None chooses one
     for which this host is fast enough.
@@ -91,6 +108,13 @@ class TestbedConfig:
     `timeout_s` is how long all ranks of a run may stand still (begin no block, finish no collective)
     before it is ended; `startup_timeout_s` the same for building the model and the implementation. With
     `min_ranks` a training that saves checkpoints goes on with fewer ranks, down to that many, when one fails.
+
+    `alone`: the implementations of a cohort are not alive together, each in a part of the memory, but
+    started one after the other in several rounds.
+
+    For Slurm only: `partition` and `time_limit` (`90m`, `2h`, `1d`; None is the cluster's default),
+    `max_nodes`, which all jobs of a sweep together occupy at most, and `sbatch`, further options of that
+    command (`--gres=gpu:8`). They change where and when something is measured, not what.
     """
 
     __test__ = False  # the name starts with "Test", but pytest has nothing to collect here
@@ -100,9 +124,14 @@ class TestbedConfig:
     nodes: int | None = None
     ranks_per_node: int | None = None
     dilation: float | None = None
-    timeout_s: float = 30.0
+    timeout_s: float = 25.0
     startup_timeout_s: float = 300.0
     min_ranks: int | None = None
+    alone: bool = False
+    partition: str | None = None
+    time_limit: str | None = None
+    max_nodes: int | None = None
+    sbatch: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -114,6 +143,9 @@ class ClusterConfig:
     that a transformer block's kernels reach when they wait for nothing. `intra_node_gb_s`: per GPU,
     gigabytes/s through NVLink or what there is. `inter_node_gbit_s`: per node, gigabits/s. `network`
     names the kind of network between nodes, whose efficiency is assumed in `configs/projection.yaml`.
+
+    `env` are environment variables for ranks on the real cluster (`FI_PROVIDER`, `NCCL_*`); what is
+    already set there wins. They are recorded with each result: secrets do not belong here.
     """
 
     name: str = "p3dn"
@@ -129,6 +161,7 @@ class ClusterConfig:
     network: str = "efa-100g"
     inter_node_gbit_s: float = 100.0
     inter_node_latency_us: float = 20.0
+    env: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -175,9 +208,14 @@ class Config:
         what = self.to_dict()
         for key in ("wandb", "out"):
             del what[key]
-        for key in ("timeout_s", "startup_timeout_s", "min_ranks"):
+        for key in NOT_MEASURED:
             del what["testbed"][key]
         del what["train"]["checkpoint_every"]
+        if not self.testbed.alone:  # results from before this key was there keep their identity
+            del what["testbed"]["alone"]
+        # On any other testbed the ranks never see the cluster's environment.
+        if what["cluster"] is not None and self.testbed.name not in REAL_CLUSTERS:
+            del what["cluster"]["env"]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -291,6 +329,7 @@ def _first_line(error: Exception) -> str:
 def _resolve(config: Config) -> Config:
     """Fills in what follows from the rest and refuses what cannot be run."""
     _require_finite(config.to_dict())
+    _require_cluster_settings(config)
     _resolve_ranks(config.testbed)
     train, model = config.train, config.workload.model
     for key in ("micro_batch", "micro_steps", "steps"):
@@ -302,6 +341,12 @@ def _resolve(config: Config) -> Config:
     every, least = train.checkpoint_every, config.testbed.min_ranks
     _require(every is None or every >= 1, "train.checkpoint_every", every, "at least 1")
     _require(least is None or least >= 1, "testbed.min_ranks", least, "at least 1")
+    if every is not None and config.testbed.name == "slurm":
+        raise UsageError(
+            "train.checkpoint_every has no meaning for testbed=slurm; use testbed=torchrun in a job"
+        )
+    if least is not None and config.testbed.name in REAL_CLUSTERS:
+        raise UsageError(f"testbed.min_ranks has no meaning for testbed={config.testbed.name}; leave it out")
     if least is not None and every is None:
         raise UsageError(
             f"testbed.min_ranks={least} needs checkpoints to go on from; give train.checkpoint_every"
@@ -354,6 +399,37 @@ def _require_scale_model(config: Config) -> None:
             f"workload={workload.name} is no scale model of a real one, which testbed=emulated needs; "
             "use workload=bert-scale, or name one with workload.scale_of=bert-10b"
         )
+
+
+def _require_cluster_settings(config: Config) -> None:
+    """What goes into Slurm's job script, and what only real clusters know."""
+    testbed, cluster = config.testbed, config.cluster
+    for key, pattern, example in (
+        ("partition", r"[\w.,-]+", "a name"),
+        # Not Slurm's own 1:30:00, which YAML reads as 5400.
+        ("time_limit", r"[1-9]\d*[mhd]", "minutes, hours or days, like 90m, 2h or 1d"),
+    ):
+        value = getattr(testbed, key)
+        _require(value is None or re.fullmatch(pattern, value) is not None, f"testbed.{key}", value, example)
+    for option in testbed.sbatch:
+        ok = re.fullmatch(r"--[a-z][\w-]*(=[\w.,:/@%+=\[\]-]+)?", option) is not None
+        _require(ok, "an option in testbed.sbatch", option, "like --name or --name=value")
+    for name in cluster.env if cluster is not None else ():
+        _require(re.fullmatch(r"[A-Za-z_]\w*", name) is not None, "cluster.env", name, "a variable's name")
+        if SECRET.search(name):
+            raise UsageError(
+                f"cluster.env.{name} looks like a secret, and configurations are recorded; "
+                "leave it out and export it where the job runs"
+            )
+    if testbed.name in REAL_CLUSTERS and testbed.ranks is None and testbed.ranks_per_node is None:
+        if testbed.name == "torchrun" and "WORLD_SIZE" in os.environ:
+            testbed.ranks = int(os.environ["WORLD_SIZE"])
+            testbed.ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", testbed.ranks))
+        elif cluster is not None:
+            testbed.ranks_per_node = cluster.gpus_per_node
+    if testbed.name == "slurm" and testbed.max_nodes is not None:
+        wanted = testbed.nodes or 1
+        _require(testbed.max_nodes >= wanted, "testbed.max_nodes", testbed.max_nodes, f"at least {wanted}")
 
 
 def _resolve_ranks(testbed: TestbedConfig) -> None:

@@ -54,8 +54,13 @@ class Record:
     per second. Bytes are per optimizer step. `losses` and `grad_norms` are in step order, warm-up
     included. Records with the same `cohort` were timed interleaved in one run and may be compared with
     each other; `stage` is the sweep's stage that asked for the record, empty outside a sweep. `details`
-    are figures of the implementation's own, per step, units in their names. `step_times_s` are the raw
-    repetitions behind the spread, in the order they were taken.
+    are figures of the implementation's own, per step, units in their names, and on accelerators those of
+    the allocator. `step_times_s` are the raw repetitions behind the spread, in the order they were taken.
+
+    `device` is the accelerator's name, `peak_tflops` its peak for this precision, and `mfu` and `hfu` the
+    shares of it that the model's and the hardware FLOPs are; None on the CPU and for devices whose peak
+    is not known. `attention` is the kernel that torch picked. Lines from before these were added lack
+    them.
     """
 
     evidence: str
@@ -90,6 +95,11 @@ class Record:
     cohort: str
     notes: list[str] = field(default_factory=list)
     details: dict[str, float] = field(default_factory=dict)
+    device: str | None = None
+    peak_tflops: float | None = None
+    mfu: float | None = None
+    hfu: float | None = None
+    attention: str | None = None
     stage: str = ""
     schema: str = RUN_SCHEMA
 

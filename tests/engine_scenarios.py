@@ -209,6 +209,7 @@ class Program:
     def __init__(self, context: RankContext) -> None:
         self._rank = context.rank
         self._size = context.world_size
+        self._device = context.device
 
     def difference(
         self,
@@ -239,6 +240,7 @@ class Program:
             clip=clip,
             partition_size=partition_size,
             ranks_per_node=ranks_per_node,
+            device=self._device,
             options=options,
         )
         schedules = [torch.optim.lr_scheduler.ExponentialLR(item, 0.9) for item in (reference, ours)]
@@ -251,7 +253,7 @@ class Program:
                         plain.turn = step * micro_steps + micro_step
                     loss = loss_of(plain, batch_of(rank, step, micro_step))
                     (weight(rank, micro_step) * loss).backward()
-                loss = loss_of(sharded, batch_of(self._rank, step, micro_step))
+                loss = loss_of(sharded, batch_of(self._rank, step, micro_step).to(self._device))
                 is_last = LAST[last](micro_steps - 1 - micro_step)
                 engine.backward(weight(self._rank, micro_step) * loss, is_last)
             gradients = {

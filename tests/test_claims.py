@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from suite.harness.sweep import read_sweep
 from suite.records import Spread
 from suite.reports.claims import JUDGES, Verdict, judge, write_claims, write_sweeps
-from suite.reports.cohorts import Ratio
+from suite.reports.cohorts import Ratio, group_cohorts
 from suite.reports.judges.convergence import LOSS_TOLERANCE
 from suite.reports.published import CLAIMS, NUMBERS, SOURCES
+from suite.reports.sections.runs import run_names
 from suite.reports.verdicts import NOT_TESTABLE
 
 
@@ -50,7 +51,9 @@ def test_same_convergence_is_reproduced_when_both_methods_follow_ddp():
     assert verdict.verdict == "reproduced"
     assert [finding.evidence for finding in verdict.findings] == ["measured"]
     assert "2 of 2" in verdict.findings[0].ours
-    assert set(verdict.config_hashes) == {factory.run(impl).config_hash for impl in ("ddp", "zero3", "mics")}
+    assert {run.config_hash for run in verdict.runs} == {
+        factory.run(impl).config_hash for impl in ("ddp", "zero3", "mics")
+    }
 
 
 def test_a_curve_beyond_the_tolerance_is_named_and_spoils_the_verdict():
@@ -126,13 +129,17 @@ def _two_nodes(config: dict) -> dict:
 
 
 def test_claims_json_holds_every_row_with_rule_and_runs(tmp_path: Path):
-    write_claims(tmp_path / "claims.json", judge(factory.everything()))
+    records = factory.everything()
+    names = run_names(records, group_cohorts(records))
+    write_claims(tmp_path / "claims.json", judge(records), names)
     rows = json.loads((tmp_path / "claims.json").read_text())["claims"]
     assert len(rows) == len(CLAIMS)
     judged = next(row for row in rows if row["id"] == "M8")
     assert judged["verdict"] == "reproduced"
     assert judged["ours"][0]["evidence"] == "measured"
-    assert "1e-5" in judged["rule"] and judged["config_hashes"] and judged["commands"]
+    assert "1e-5" in judged["rule"] and judged["commands"]
+    assert {run["name"] for run in judged["runs"]} <= set(names.values())
+    assert all(run["config_hash"] and run["link"] == f"index.html#{run['name']}" for run in judged["runs"])
 
 
 def test_everything_published_names_a_known_source():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from suite.impls.sharded.collectives import AloneCollectives, Collectives, Reduction
+from suite.impls.sharded.cross_memory import CrossMemoryCollectives
 from suite.impls.sharded.direct import DirectCollectives
 from suite.impls.sharded.native import FlatteningCollectives, NativeCollectives
 from suite.impls.sharded.ring import RingCollectives
@@ -19,9 +20,15 @@ from suite.testbeds.local import LocalTestbed
 from suite.testbeds.ranks import LocalRanks
 from suite.testbeds.testbed import RankContext
 
-KINDS: dict[str, type[DirectCollectives | RingCollectives | NativeCollectives]] = {
+KINDS: dict[str, Callable[[dist.ProcessGroup, int, int], Collectives]] = {
     kind.__name__: kind
-    for kind in (DirectCollectives, RingCollectives, NativeCollectives, FlatteningCollectives)
+    for kind in (
+        CrossMemoryCollectives,
+        DirectCollectives,
+        RingCollectives,
+        NativeCollectives,
+        FlatteningCollectives,
+    )
 }
 Layout = Sequence[tuple[int, int]]
 """(offset, size) of the pieces of a flat buffer; what lies between them is padding."""
@@ -37,11 +44,15 @@ class Program:
     def __init__(self, context: RankContext) -> None:
         self._rank = context.rank
         self._size = context.world_size
+        self._made: dict[str, Collectives] = {}
 
     def _collectives(self, kind: str) -> Collectives:
         if self._size == 1:
             return AloneCollectives(0, 1)
-        return KINDS[kind](dist.group.WORLD, self._rank, self._size)
+        if kind not in self._made:
+            assert dist.group.WORLD is not None
+            self._made[kind] = KINDS[kind](dist.group.WORLD, self._rank, self._size)
+        return self._made[kind]
 
     def all_gather(self, kind: str, sizes: Sequence[int], dtype: torch.dtype) -> bool:
         shards = [values(self._rank, number, numel, dtype) for number, numel in enumerate(sizes)]

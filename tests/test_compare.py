@@ -13,7 +13,7 @@ import record_factory as factory
 from suite import cli
 from suite.errors import UsageError
 from suite.records import Record, Spread, append
-from suite.reports.compare import Interval, compare, share
+from suite.reports.compare import Interval, compare, share, together
 from suite.reports.export import export_latex, export_records, to_latex
 from suite.reports.tables import Table, number, word
 
@@ -58,6 +58,42 @@ def test_the_same_numbers_give_the_same_interval():
 def test_repetitions_of_one_configuration_count_together():
     (item,) = compare([timed(), timed()], [timed()])
     assert [len(side) for side in item.steps] == [12, 6]
+
+
+def many(factor: float, steps: int = 3, slower: tuple[str, ...] | None = None) -> list[Record]:
+    """Six configurations, all of them (or those named) slower by this factor."""
+    impls = ("ddp", "fsdp2", "hsdp", "mics", "zero3", "deepspeed-zero3")
+    chosen = impls if slower is None else slower
+    return [
+        timed(factor if impl in chosen else 1.0, [s * (1 + 0.01 * index) for s in STEPS[:steps]], impl)
+        for index, impl in enumerate(impls)
+    ]
+
+
+def test_many_configurations_decide_together_what_three_steps_of_each_cannot():
+    found = compare(many(1.0), many(1.2))
+    assert all(item.verdict.startswith("no significant difference") for item in found)
+    (whole,) = together(found)
+    assert whole.verdict == "slower" and whole.interval.middle == pytest.approx(1.2)
+    assert whole.regressed(0.05) and not whole.regressed(0.3)
+
+
+def test_one_configuration_that_changed_does_not_speak_for_all():
+    (whole,) = together(compare(many(1.0), many(1.5, slower=("mics",))))
+    assert whole.verdict == "no significant difference"
+
+
+def test_few_configurations_and_the_floor_are_no_whole():
+    floors = [timed(impl="floor") for _ in range(9)]
+    assert together(compare([*many(1.0)[:4], *floors], [*many(1.2)[:4], *floors])) == []
+
+
+def test_kinds_of_evidence_are_never_taken_together():
+    sides = [[*many(f), *(replace(run, evidence="emulated") for run in many(2 * f))] for f in (1.0, 1.1)]
+    assert [(whole.evidence, len(whole.items)) for whole in together(compare(*sides))] == [
+        ("emulated", 6),
+        ("measured", 6),
+    ]
 
 
 def test_only_the_same_training_and_options_are_compared():

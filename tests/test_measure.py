@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from suite.errors import RankError, UsageError
 from suite.harness import measure as measure_module
 from suite.harness.measure import Failure, measure
 from suite.harness.noise import Noise
+from suite.harness.worker import Device, Resources, Worker
 from suite.impls import registry
 from suite.impls.trainer import MicroBatch, StepResult
 from suite.records import Record
@@ -107,3 +109,45 @@ def test_configurations_that_train_differently_are_not_compared() -> None:
 def test_wrong_options_are_refused_before_anything_starts() -> None:
     with pytest.raises(UsageError, match="partition_size=3 does not divide"):
         measure(configs("hsdp", more=["testbed.ranks=4", "impl.options.partition_size=3"]))
+
+
+def test_the_share_of_the_peak_is_of_the_device_that_the_ranks_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Worker, "device", lambda worker: Device("Example 100", 2e-3, "flash_attention"))
+    (record,) = measure(configs("floor", more=["train.activation_checkpointing=true"]))
+    assert isinstance(record, Record)
+    assert record.device == "Example 100" and record.attention == "flash_attention"
+    assert record.mfu == pytest.approx(record.model_tflops_per_gpu / 2e-3)
+    assert record.hfu == pytest.approx(record.hardware_tflops_per_gpu / 2e-3)
+    assert record.hfu is not None and record.mfu is not None and record.hfu > record.mfu
+
+
+def test_there_is_no_share_of_a_peak_where_ranks_have_different_devices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def device(worker: Worker) -> Device:
+        return Device(f"Example {worker._context.rank}", 1.0, "flash_attention")
+
+    monkeypatch.setattr(Worker, "device", device)
+    (record,) = measure(configs("floor"))
+    assert isinstance(record, Record) and record.mfu is None and record.hfu is None
+
+
+def test_on_the_cpu_nothing_is_invented_about_a_device() -> None:
+    (record,) = measure(configs("floor"))
+    assert isinstance(record, Record)
+    assert (record.device, record.peak_tflops, record.mfu, record.hfu) == (None, None, None, None)
+    assert record.attention and "peak_reserved_bytes" not in record.details
+
+
+def test_the_allocator_s_figures_are_the_worst_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    resources = Worker.resources
+
+    def on_an_accelerator(worker: Worker) -> Resources:
+        figures = {"peak_reserved_bytes": 100.0 * worker._context.rank, "alloc_retries": 1.0}
+        return replace(resources(worker), allocator=figures)
+
+    monkeypatch.setattr(Worker, "resources", on_an_accelerator)
+    (record,) = measure(configs("floor"))
+    assert isinstance(record, Record)
+    assert record.details["peak_reserved_bytes"] == 100.0 and record.details["alloc_retries"] == 1.0
+    assert record.details["host_step_s"] > 0

@@ -34,7 +34,7 @@ def shapes(draw: st.DrawFn, world: int) -> tuple[int, int]:
 @given(
     data=st.data(),
     scenario=st.sampled_from(
-        ["plain", "tied", "frozen", "unused", "called twice", "checkpointed, reentrant"]
+        ["plain", "tied", "frozen", "unused", "called twice", "checkpointed, reentrant", "no blocks"]
     ),
     hierarchical=st.booleans(),
     two_hop=st.booleans(),
@@ -75,3 +75,17 @@ def test_any_partition_of_the_world_gives_what_plain_torch_gives(
         timeout_s=60,
     )
     assert max(answers) < 5e-5
+
+
+@pytest.mark.parametrize("stock", [False, True])
+@pytest.mark.parametrize("micro_steps", [2, 3, 5])
+def test_a_model_of_one_unit_adds_its_micro_steps_up_in_order(
+    ranks: LocalRanks, stock: bool, micro_steps: int
+) -> None:
+    """Its next sum is there before the last one has been waited for, and hop 2 must not overtake."""
+    options = replace(BASE, stock_collectives=stock)
+    for _ in range(3):
+        answers = ranks.call(
+            "difference", "no blocks", "adamw", options, micro_steps, None, 2, None, "as it is", timeout_s=60
+        )
+        assert max(answers) < 5e-5

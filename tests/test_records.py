@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from record_factory import run
 
 from suite.errors import UsageError
-from suite.records import CheckRecord, Spread, append, from_json, read, to_json
+from suite.records import CheckRecord, Record, Spread, append, from_json, read, to_json
 
 CHECK = CheckRecord(
     impl="ddp",
@@ -67,6 +68,16 @@ def test_numbers_that_json_lacks_become_null() -> None:
     values = json.loads(line)
     assert values["max_loss_diff"] is None and values["max_abs_param_diff"] is None
     assert isinstance(from_json(line), CheckRecord)
+
+
+def test_a_line_from_before_the_accelerator_s_fields_is_read_without_them() -> None:
+    values = json.loads(to_json(run("ddp")))
+    for key in ("device", "peak_tflops", "mfu", "hfu", "attention"):
+        del values[key]
+    record = from_json(json.dumps(values))
+    assert isinstance(record, Record)
+    assert record == replace(run("ddp"), started_at=record.started_at)
+    assert record.mfu is None and record.attention is None
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=40))

@@ -111,6 +111,21 @@ def test_descriptions_are_shown_and_escaped(report: Path):
     assert "no overlap" in text and "a shim" in text
 
 
+def test_a_claim_links_exactly_the_runs_that_it_rests_on(report: Path):
+    row = report.read_text().split('id="claim-M8"')[1].split("</tr>")[0]
+    linked = re.findall(r'href="#(R\d+)"', row)
+    table = report.read_text().split('<section id="runs">')[1].split("</section>")[0]
+    rows = {name: re.search(rf'<tr id="{name}">.*?</tr>', table, re.DOTALL) for name in linked}
+    shown = [re.findall(r"<td[^>]*>(.*?)</td>", found[0])[0] for found in rows.values() if found]
+    assert sorted(shown) == ["ddp", "mics", "zero3"]
+    (claim,) = [
+        item
+        for item in json.loads((report.parent / "claims.json").read_text())["claims"]
+        if item["id"] == "M8"
+    ]
+    assert {run["name"] for run in claim["runs"]} == set(linked)
+
+
 def test_claims_json_lies_beside_the_page(report: Path):
     claims = json.loads((report.parent / "claims.json").read_text())["claims"]
     assert {row["id"]: row["verdict"] for row in claims}["M8"] == "reproduced"

@@ -18,6 +18,8 @@ from suite.reports.cohorts import Ratio, group_cohorts, runs_of
 from suite.reports.scaling import families
 from suite.reports.sections.ablations import ablations
 from suite.reports.sections.projected import projected_section
+from suite.reports.sections.resources import resources_table
+from suite.reports.sections.throughput import brief_table, throughput_table
 from suite.reports.sections.traffic import counts, traffic_table
 
 SECTIONS = ("weak-scaling", "projected", "traffic", "ablations", "convergence", "memory")
@@ -138,3 +140,25 @@ def test_the_bandwidths_of_two_clusters_tell_their_cohorts_apart():
     runs: list[Record] = [factory.emulated("zero3", gbit_s=speed) for speed in (100, 400)]
     assert [cohort.title.count("400 Gbit/s") for cohort in group_cohorts(runs)] in ([0, 1], [1, 0])
     assert len(runs_of(runs)) == 2
+
+
+def test_accelerators_have_columns_of_their_own_and_processors_none_of_them():
+    on_cpu = group_cohorts(factory.cohort())[0]
+    details = {"peak_reserved_bytes": 3.0 * 2**20, "fragmentation": 0.25, "alloc_retries": 2.0}
+    runs = [
+        replace(
+            run, mfu=0.4, hfu=0.5, hardware_tflops_per_gpu=1.25 * run.model_tflops_per_gpu, details=details
+        )
+        for run in factory.cohort()
+    ]
+    on_gpu = group_cohorts(runs)[0]
+    for table, wanted in (
+        (throughput_table, {"MFU %": 40.0, "HFU %": 50.0}),
+        (brief_table, {"MFU %": 40.0}),
+        (resources_table, {"reserved for it, MiB": 3.0, "fragmented %": 25.0, "retries": 2.0}),
+    ):
+        assert not wanted.keys() & set(table(on_cpu).head)
+        found = table(on_gpu)
+        for name, value in wanted.items():
+            column = found.head.index(name)
+            assert all(row[column].value == pytest.approx(value) for row in found.rows)

@@ -121,10 +121,10 @@ def test_an_interrupted_sweep_loses_only_the_cohort_that_was_running(
 ) -> None:
     cohorts, measure = read_sweep(sweep_file), sweep_module.measure
 
-    def interrupted(cells: list, say: object) -> list:
+    def interrupted(cells: list, say: object, place: object) -> list:
         if cells[0].train.micro_steps == 2:
             raise KeyboardInterrupt
-        return measure(cells, say)  # type: ignore[arg-type]
+        return measure(cells, say, place)  # type: ignore[arg-type]
 
     monkeypatch.setattr(sweep_module, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -141,7 +141,7 @@ def test_a_failed_cell_is_reported_and_tried_again_next_time(
     cohorts: list[Cohort] = read_sweep(sweep_file)
     check = sweep_module.check
 
-    def fails(config: object, references: object) -> None:
+    def fails(config: object, references: object, place: object) -> None:
         raise RankError("rank 1 failed")
 
     monkeypatch.setattr(sweep_module, "check", fails)

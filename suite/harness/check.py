@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from suite.config import Config
 from suite.harness.environment import environment
-from suite.harness.launch import launch, prepare
+from suite.harness.launch import Place, launch, prepare, testbed_of
 from suite.harness.worker import build_trainer, make_pacer, model_builder, recipe_of
 from suite.impls.trace import Trace
 from suite.records import CheckRecord
+from suite.testbeds.devices import accelerator_type
 from suite.testbeds.local import LocalTestbed
 from suite.testbeds.testbed import RankContext
 from suite.workloads.data import open_stream
@@ -34,11 +36,12 @@ FP32_TOLERANCE = {
     # (docs/findings.md), and most implementations take their norm with it.
     "max_rel_grad_norm_diff": 1e-3,
 }
-LOW_PRECISION_FACTOR = 3.0
-"""bf16 rounds to 8 bits and fp16 to 11, so no fixed limit fits all models and depths. The limit is
-computed: this many times the error that plain single-process torch in that precision makes itself
-against fp32. The room above 1 is for reductions that are rounded once per rank; a gradient lost or
-counted twice is an error of another order."""
+OWN_ERROR_FACTOR = 3.0
+"""bf16 rounds to 8 bits and fp16 to 11, and an accelerator adds up in another order, so no fixed limit
+fits all models and depths. The limit is computed: this many times the error that plain single-process
+torch in that precision, on that kind of device, makes itself against fp32 on the CPU. The room above 1
+is for reductions that are rounded once per rank; a gradient lost or counted twice is an error of another
+order."""
 
 
 @dataclass(frozen=True)
@@ -98,21 +101,25 @@ class ReferenceWorker:
 
     def __init__(self, config: Config, context: RankContext) -> None:
         self._config = config
+        self._device = context.device
 
     def run(self, precision: str, path: str) -> None:
         config = self._config
         stream = open_stream(config.workload, config.train.seed)
-        batches = [stream.global_batch(step, config.global_batch) for step in range(STEPS)]
+        batches = [stream.global_batch(step, config.global_batch).to(self._device) for step in range(STEPS)]
         recipe = replace(recipe_of(config.train), precision=precision)
-        run_reference(model_builder(config), recipe, batches).save(Path(path))
+        run_reference(model_builder(config), recipe, batches, self._device).save(Path(path))
 
 
 class References:
     """Reference runs, each made once for all implementations that train the same; in files, because
-    ranks read them. To be used as a context: leaving it removes them."""
+    ranks read them: below `shared` where they are on other machines. To be used as a context: leaving it
+    removes them."""
 
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="suite-check-")
+    def __init__(self, shared: Path | None = None) -> None:
+        if shared is not None:
+            shared.mkdir(parents=True, exist_ok=True)
+        self._folder = tempfile.TemporaryDirectory(prefix="suite-check-", dir=shared)
 
     def __enter__(self) -> References:
         return self
@@ -120,37 +127,41 @@ class References:
     def __exit__(self, *error: object) -> None:
         self._folder.cleanup()
 
-    def file(self, config: Config, precision: str) -> Path:
-        """The reference of this training in that precision, whatever the configuration's own."""
+    def file(self, config: Config, precision: str, device_type: str | None = "cpu") -> Path:
+        """The reference of this training in that precision, whatever the configuration's own; with
+        `device_type` None on an accelerator, where there is one."""
         train = replace(config.train, precision=precision)
         key = Config(workload=config.workload, train=train, testbed=config.testbed).hash()
-        path = Path(self._folder.name) / f"{key}.safetensors"
+        path = Path(self._folder.name).resolve() / f"{key}-{device_type}.safetensors"
         if not path.exists():
-            _write_reference(config, precision, path)
+            _write_reference(config, precision, device_type, path)
         return path
 
 
-def check(config: Config, references: References | None = None) -> CheckRecord:
+def check(config: Config, references: References | None = None, place: Place = testbed_of) -> CheckRecord:
     """Trains `STEPS` steps with the implementation and with plain torch and compares.
 
     Raises UsageError for wrong input, RankError when a rank fails.
     """
     if references is None:
         with References() as references:
-            return check(config, references)
-    prepare(config)
+            return check(config, references, place)
+    prepare(config, place)
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     reference = references.file(config, "fp32")
-    tolerance = dict(FP32_TOLERANCE)
-    if config.train.precision != "fp32":
-        plain = references.file(config, config.train.precision)
-        own_error = compare(ReferenceRun.load(plain), ReferenceRun.load(reference))
-        tolerance = {key: LOW_PRECISION_FACTOR * value for key, value in own_error.limits().items()}
-    with launch(config, CheckWorker) as ranks:
+    precision, device_type = config.train.precision, testbed_of(config).device_type
+    on_accelerator = device_type is None and accelerator_type() is not None
+    tolerance = dict(FP32_TOLERANCE) if precision == "fp32" else dict.fromkeys(FP32_TOLERANCE, 0.0)
+    if precision != "fp32" or on_accelerator:
+        plain = references.file(config, precision, None if on_accelerator else "cpu")
+        own_error = compare(ReferenceRun.load(plain), ReferenceRun.load(reference)).limits()
+        tolerance = {key: max(limit, OWN_ERROR_FACTOR * own_error[key]) for key, limit in tolerance.items()}
+    with launch(config, CheckWorker, place) as ranks:
         for _ in range(STEPS):
             ranks.call("step", timeout_s=config.testbed.timeout_s)
         answers = ranks.call("compare", str(reference), timeout_s=config.testbed.timeout_s)
-    return _record(config, _worst_of(answers), tolerance, started_at)
+    env = environment() | place(config).conditions()
+    return _record(config, _worst_of(answers), tolerance, env, started_at)
 
 
 def compare(run: ReferenceRun, reference: ReferenceRun) -> Differences:
@@ -171,8 +182,8 @@ def compare(run: ReferenceRun, reference: ReferenceRun) -> Differences:
     )
 
 
-def _write_reference(config: Config, precision: str, path: Path) -> None:
-    alone = LocalTestbed(ranks=1, ranks_per_node=1, threads=1)
+def _write_reference(config: Config, precision: str, device_type: str | None, path: Path) -> None:
+    alone = LocalTestbed(ranks=1, ranks_per_node=1, threads=1, device_type=device_type)
     with alone.launch(
         lambda context: ReferenceWorker(config, context), config.testbed.startup_timeout_s
     ) as ranks:
@@ -213,7 +224,9 @@ def _worst_of(answers: Sequence[Differences]) -> Differences:
     return Differences(**limits, worst={"gradient": worst_gradient, "parameter": worst_parameter})
 
 
-def _record(config: Config, found: Differences, tolerance: dict[str, float], started_at: str) -> CheckRecord:
+def _record(
+    config: Config, found: Differences, tolerance: dict[str, float], env: dict[str, Any], started_at: str
+) -> CheckRecord:
     ok = all(value <= tolerance[key] for key, value in found.limits().items())
     return CheckRecord(
         impl=config.impl.name,
@@ -231,7 +244,7 @@ def _record(config: Config, found: Differences, tolerance: dict[str, float], sta
         tolerance=tolerance,
         ok=ok,
         worst=found.worst,
-        env=environment(),
+        env=env,
         config=config.to_dict(),
         config_hash=config.hash(),
         started_at=started_at,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from suite.errors import UsageError
 from suite.harness.environment import environment
+from suite.harness.peaks import peak_tflops
 from suite.impls import registry
 from suite.testbeds.network import why_not
 
@@ -26,7 +27,8 @@ def examine() -> list[Finding]:
     """Machine, tools and every implementation. Leaves nothing behind."""
     env = environment()
     machine = f"{env['cores']} cores ({env['cpu']}), {env['memory_bytes'] / 2**30:.0f} GiB, {env['system']}"
-    accelerators = ", ".join(env["accelerators"]) or "none: implementations run on the CPU over gloo"
+    accelerators = ", ".join(map(_accelerator, env["accelerators"]))
+    accelerators = accelerators or "none: implementations run on the CPU over gloo"
     packages = ", ".join(f"{name} {version}" for name, version in env["packages"].items() if version)
     findings = [
         Finding("machine", True, machine),
@@ -38,6 +40,11 @@ def examine() -> list[Finding]:
         _emulated_clusters(),
     ]
     return findings + [_implementation(name) for name in registry.IMPLEMENTATIONS]
+
+
+def _accelerator(name: str) -> str:
+    peak = peak_tflops(name, "bf16", tf32=False) or peak_tflops(name, "fp16", tf32=False)
+    return f"{name} (peak {peak:g} TFLOPS)" if peak else f"{name} (peak not known: no MFU)"
 
 
 def _tool(name: str, purpose: str, remedy: str) -> Finding:

@@ -13,11 +13,11 @@ from suite.config import Config
 from suite.errors import SuiteError
 from suite.harness import traffic
 from suite.harness.environment import environment
-from suite.harness.launch import launch, prepare, scale_of, testbed_of
+from suite.harness.launch import Place, launch, prepare, scale_of, testbed_of
 from suite.harness.noise import Noise, noise_between, read_cpu
-from suite.harness.worker import Resources, StepMeasurement, Worker
+from suite.harness.worker import Device, Resources, StepMeasurement, Worker
 from suite.records import Record, Spread
-from suite.testbeds.testbed import Ranks
+from suite.testbeds.testbed import Ranks, Testbed
 from suite.workloads import flops
 from suite.workloads.models import n_params
 
@@ -42,10 +42,13 @@ class Team:
     """One implementation's ranks during a measurement."""
 
     config: Config
+    testbed: Testbed
     ranks: Ranks
     steps: list[list[StepMeasurement]] = field(default_factory=list)
     """Per step, one measurement from each rank."""
     timed_from: int = 0
+    devices: list[Device] = field(default_factory=list)
+    """Of each rank."""
     before: list[Resources] = field(default_factory=list)
     after: list[Resources] = field(default_factory=list)
     partition_size: int | None = None
@@ -59,6 +62,7 @@ class Team:
 
     def start_timing(self) -> None:
         self.timed_from = len(self.steps)
+        self.devices = self.ranks.call("device", timeout_s=self.config.testbed.timeout_s)
         self.ranks.call("reset_peak_memory", timeout_s=self.config.testbed.timeout_s)
         self.before = self.resources()
 
@@ -68,7 +72,7 @@ class Team:
         self.notes = self.ranks.call("notes", timeout_s=self.config.testbed.timeout_s)[0]
 
     def step_times(self) -> list[float]:
-        """Host seconds per timed step: that of its slowest rank."""
+        """Seconds per timed step: those of its slowest rank."""
         return [max(rank.seconds for rank in step) for step in self.steps[self.timed_from :]]
 
     def waiting(self) -> float | None:
@@ -81,7 +85,9 @@ class Team:
         return median(map(mean, waits)) if all(waits) else None
 
 
-def measure(cohort: Sequence[Config], say: Say = lambda _: None) -> list[Record | Failure]:
+def measure(
+    cohort: Sequence[Config], say: Say = lambda _: None, place: Place = testbed_of
+) -> list[Record | Failure]:
     """Runs all configurations of a cohort at once, their steps taken in turns (A B C A B C ...).
 
     The members may differ in their implementation only. All are alive at the same time, but only
@@ -95,9 +101,10 @@ def measure(cohort: Sequence[Config], say: Say = lambda _: None) -> list[Record 
         teams: list[Team] = []
         for config in cohort:
             say(f"starting {config.impl.name}")
-            prepare(config)
+            prepare(config, place)
             try:
-                teams.append(Team(config, stack.enter_context(launch(config, Worker))))
+                ranks = stack.enter_context(launch(config, Worker, place))
+                teams.append(Team(config, place(config), ranks))
             except SuiteError as error:
                 failures.append(Failure(config, error))
         for _ in range(cohort[0].train.warmup):
@@ -137,7 +144,7 @@ def _timed(teams: list[Team], failures: list[Failure], attempt: int, say: Say) -
         teams = _turn(teams, failures, Team.step)
     noise = noise_between(before, read_cpu(_pids(teams)), attempt)
     if teams:
-        noise = replace(noise, busy_limit=testbed_of(teams[0].config).busy_limit)
+        noise = replace(noise, busy_limit=teams[0].testbed.busy_limit)
     return _turn(teams, failures, Team.stop_timing), noise
 
 
@@ -173,13 +180,16 @@ def record_of(team: Team, noise: Noise, started_at: str, cohort: str) -> Record:
     samples = config.global_batch
     work = _own_work(config) if scale is None else (scale.model_flops, scale.hardware_flops)
     model_tflops, hardware_tflops = (operations / spread.median / 1e12 for operations in work)
+    device = team.devices[0]
+    peak = device.peak_tflops if len(set(team.devices)) == 1 else None
     before, after = (
-        traffic.matrix([item.connections for item in reading]) for reading in (team.before, team.after)
+        traffic.matrix([item.connections for item in reading], [item.memory_reads for item in reading])
+        for reading in (team.before, team.after)
     )
-    tcp = any(map(any, after))  # NCCL, for one, does not send through connections of this process
+    seen = any(map(any, after))  # NCCL, for one, does not send through connections of this process
     between = traffic.between_nodes(before, after, config.ranks_per_node)
     return Record(
-        evidence=testbed_of(config).evidence,
+        evidence=team.testbed.evidence,
         impl=config.impl.name,
         workload=config.workload.name,
         testbed=config.testbed.name,
@@ -198,19 +208,24 @@ def record_of(team: Team, noise: Noise, started_at: str, cohort: str) -> Record:
         model_tflops_per_gpu=model_tflops,
         hardware_tflops_per_gpu=hardware_tflops,
         peak_memory_bytes=max(item.peak_memory_bytes for item in team.after),
-        inter_node_bytes_per_node=round(between / len(times)) if tcp else None,
-        bytes_sent_per_rank=round(traffic.per_rank(before, after) / len(times)) if tcp else None,
+        inter_node_bytes_per_node=round(between / len(times)) if seen else None,
+        bytes_sent_per_rank=round(traffic.per_rank(before, after) / len(times)) if seen else None,
         exposed_comm_s=None if waiting is None else waiting / dilation,
         losses=[step[0].loss for step in team.steps],
         grad_norms=[step[0].grad_norm for step in team.steps],
         noise=noise.to_dict(),
-        env=environment(),
+        env=environment() | team.testbed.conditions(),
         config=config.to_dict(),
         config_hash=config.hash(),
         started_at=started_at,
         cohort=cohort,
-        notes=[*team.notes, *_warnings(noise)],
+        notes=[*team.notes, *team.testbed.notes(), *_warnings(noise)],
         details=_details(team) | ({} if scale is None else scale.details()),
+        device=device.name,
+        peak_tflops=peak,
+        mfu=None if peak is None else model_tflops / peak,
+        hfu=None if peak is None else hardware_tflops / peak,
+        attention=device.attention,
     )
 
 
@@ -228,10 +243,16 @@ def _warnings(noise: Noise) -> list[str]:
 
 
 def _details(team: Team) -> dict[str, float]:
-    """The implementation's own counters per timed step, on the rank where each grew most."""
+    """The implementation's own counters per timed step, on the rank where each grew most; and on
+    accelerators the allocator's figures, the worst of all ranks, and the step by the host's clock."""
     before, after = ([item.details for item in reading] for reading in (team.before, team.after))
     steps = len(team.step_times())
-    return {
+    details = {
         key: max(late[key] - early[key] for early, late in zip(before, after, strict=True)) / steps
         for key in after[0]
     }
+    if team.after[0].allocator:
+        details |= {key: max(item.allocator[key] for item in team.after) for key in team.after[0].allocator}
+        timed = team.steps[team.timed_from :]
+        details["host_step_s"] = median(max(rank.host_s for rank in step) for step in timed)
+    return details

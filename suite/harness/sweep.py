@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,13 @@ from omegaconf.errors import OmegaConfBaseException
 from suite.config import SHORT_KEYS, Config, load
 from suite.errors import SuiteError, UsageError, unknown
 from suite.harness.check import References, check
+from suite.harness.launch import Place, testbed_of
 from suite.harness.measure import Failure, measure
+from suite.harness.turns import measure_alone
 from suite.records import AnyRecord, CheckRecord, ProjectionRecord, Record, append, read
+
+Identity = tuple[str, str, str]
+"""Of a cell: kind, stage, hash of its configuration."""
 
 KINDS = ("run", "check", "project")
 RECORDS = "records.jsonl"
@@ -66,6 +71,11 @@ class Outcome:
     finished: list[AnyRecord] = field(default_factory=list)
     skipped: int = 0
     failures: list[Failure] = field(default_factory=list)
+
+    def __add__(self, other: Outcome) -> Outcome:
+        return Outcome(
+            self.finished + other.finished, self.skipped + other.skipped, self.failures + other.failures
+        )
 
 
 def read_sweep(path: Path, overrides: Mapping[str, Any] | None = None) -> list[Cohort]:
@@ -156,6 +166,7 @@ def run_sweep(
     out: Path,
     observe: Callable[[Progress], None] = lambda _: None,
     project: Callable[[Config], ProjectionRecord] | None = None,
+    place: Place = testbed_of,
 ) -> Outcome:
     """Runs what `out/records.jsonl` does not hold yet and adds it there, cohort by cohort.
 
@@ -163,17 +174,12 @@ def run_sweep(
     A cell that fails is reported in the outcome and tried again by the next call; the rest goes on.
     """
     file = out / RECORDS
-    finished = {_identity(record) for record in read(file)}
-    outcome = Outcome()
-    todo = []
-    for cohort in cohorts:
-        left = [cell for cell in cohort.cells if (cohort.kind, cohort.stage, cell.hash()) not in finished]
-        outcome.skipped += len(cohort.cells) - len(left)
-        if left:
-            todo.append(Cohort(cohort.stage, cohort.kind, left))
-    clock = _Clock(sum(len(cohort.cells) for cohort in todo), observe)
+    finished = {identity(record) for record in read(file)}
+    todo = unfinished(cohorts, finished)
+    outcome = Outcome(skipped=cells(cohorts) - cells(todo))
+    clock = Clock(cells(todo), observe)
     for cohort in todo:
-        for results in _run_cohort(cohort, clock, project):
+        for results in _run_cohort(cohort, clock, project, place, out):
             records = [replace(item, stage=cohort.stage) for item in results if not isinstance(item, Failure)]
             outcome.failures += [item for item in results if isinstance(item, Failure)]
             append(file, *records)
@@ -181,7 +187,21 @@ def run_sweep(
     return outcome
 
 
-class _Clock:
+def unfinished(cohorts: Iterable[Cohort], finished: Collection[Identity]) -> list[Cohort]:
+    """The cohorts with those cells that are not finished."""
+    todo = []
+    for cohort in cohorts:
+        left = [cell for cell in cohort.cells if (cohort.kind, cohort.stage, cell.hash()) not in finished]
+        if left:
+            todo.append(Cohort(cohort.stage, cohort.kind, left))
+    return todo
+
+
+def cells(cohorts: Iterable[Cohort]) -> int:
+    return sum(len(cohort.cells) for cohort in cohorts)
+
+
+class Clock:
     """Turns finished cells into progress with an estimate of the time left."""
 
     def __init__(self, total: int, observe: Callable[[Progress], None]) -> None:
@@ -201,11 +221,16 @@ class _Clock:
 
 
 def _run_cohort(
-    cohort: Cohort, clock: _Clock, project: Callable[[Config], ProjectionRecord] | None
+    cohort: Cohort,
+    clock: Clock,
+    project: Callable[[Config], ProjectionRecord] | None,
+    place: Place,
+    out: Path,
 ) -> Iterable[Sequence[AnyRecord | Failure]]:
     """What belongs together is yielded together, as soon as it is there."""
     if cohort.kind == "run":
-        results = measure(cohort.cells, lambda text: clock.say(f"{cohort.title()}: {text}"))
+        how = measure_alone if cohort.cells[0].testbed.alone else measure
+        results = how(cohort.cells, lambda text: clock.say(f"{cohort.title()}: {text}"), place)
         clock.finished(len(cohort.cells), cohort.title())
         yield results
         return
@@ -214,12 +239,12 @@ def _run_cohort(
             raise UsageError(f"stage {cohort.stage!r} projects; run it with the `suite sweep` command")
         yield from _each(cohort, clock, project)
         return
-    with References() as references:
-        yield from _each(cohort, clock, lambda cell: check(cell, references))
+    with References(shared=None if place is testbed_of else out) as references:
+        yield from _each(cohort, clock, lambda cell: check(cell, references, place))
 
 
 def _each(
-    cohort: Cohort, clock: _Clock, answer: Callable[[Config], AnyRecord]
+    cohort: Cohort, clock: Clock, answer: Callable[[Config], AnyRecord]
 ) -> Iterable[Sequence[AnyRecord | Failure]]:
     for cell in cohort.cells:
         clock.say(f"{cohort.title()}: {cohort.kind}ing {cell.impl.name}")
@@ -234,6 +259,6 @@ def _each(
 _KIND_OF = {Record: "run", CheckRecord: "check", ProjectionRecord: "project"}
 
 
-def _identity(record: AnyRecord) -> tuple[str, str, str]:
+def identity(record: AnyRecord) -> Identity:
     """The same configuration may be a cell of several stages: a yardstick is measured in each."""
     return (_KIND_OF[type(record)], record.stage, record.config_hash)

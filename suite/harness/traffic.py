@@ -2,7 +2,7 @@
 
 gloo keeps one TCP connection per pair of ranks and process group open, so the difference of two
 readings is the traffic between them, whatever library asked for it. Retransmissions, headers and
-other processes are not in it.
+other processes are not in it. Ranks of one host that read each other's memory say themselves how much.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -56,10 +56,13 @@ def _read(descriptor: int) -> Connection | None:
     return Connection(local, peer, sent - retransmitted)
 
 
-def matrix(readings: Sequence[Sequence[Connection]]) -> list[list[int]]:
+def matrix(
+    readings: Sequence[Sequence[Connection]], memory_reads: Sequence[Mapping[int, int]] = ()
+) -> list[list[int]]:
     """`matrix[i][j]`: bytes that rank i has sent to rank j, from one reading per rank.
 
-    Connections to anything but a rank (the rendezvous store's parent, say) are left out.
+    Connections to anything but a rank (the rendezvous store's parent, say) are left out. What rank j
+    has read from rank i's memory (`memory_reads[j][i]`) counts as sent.
     """
     owner = {item.local: rank for rank, items in enumerate(readings) for item in items}
     sent = [[0] * len(readings) for _ in readings]
@@ -68,6 +71,9 @@ def matrix(readings: Sequence[Sequence[Connection]]) -> list[list[int]]:
             peer = owner.get(item.peer)
             if peer is not None and peer != rank:
                 sent[rank][peer] += item.sent
+    for reader, reads in enumerate(memory_reads):
+        for rank, nbytes in reads.items():
+            sent[rank][reader] += nbytes
     return sent
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +12,15 @@ from suite.config import Config, TrainConfig
 from suite.harness import traffic
 from suite.harness.launch import scale_of
 from suite.harness.memory import PeakMemory
+from suite.harness.peaks import peak_tflops
+from suite.harness.timing import Stopwatch
 from suite.impls import registry
 from suite.impls.blocks import announce_blocks, block_stack
 from suite.impls.trace import Span, Trace
 from suite.impls.trainer import BuildModel, Recipe, Topology, Trainer
 from suite.testbeds.testbed import RankContext
 from suite.workloads.activations import activation_bytes
+from suite.workloads.attention import attention_kernel
 from suite.workloads.data import open_stream
 from suite.workloads.models import build_model
 from suite.workloads.pacing import Pacer
@@ -26,13 +28,15 @@ from suite.workloads.pacing import Pacer
 
 @dataclass(frozen=True)
 class StepMeasurement:
-    """One step on one rank; `seconds` from a barrier until the loss is known on the host.
+    """One step on one rank; `seconds` from a barrier until the loss is known on the host: the host's,
+    or on an accelerator its own (`host_s` is then the host's).
 
     `computing_s` is the part of it in which the training thread did not wait for messages: it worked,
     or spent the modelled time of a paced block. None where nothing is paced.
     """
 
     seconds: float
+    host_s: float
     computing_s: float | None
     loss: float
     grad_norm: float
@@ -40,12 +44,25 @@ class StepMeasurement:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a rank used so far; `connections` as of this moment (see `suite.harness.traffic`),
-    `details` as counted by the implementation itself."""
+    """What a rank used so far; `connections` as of this moment (see `suite.harness.traffic`), none on an
+    accelerator, whose messages take other ways; `memory_reads` (bytes by peer rank) and `details` as
+    counted by the implementation itself, `allocator` by the accelerator's."""
 
     peak_memory_bytes: int
     connections: list[traffic.Connection]
+    memory_reads: dict[int, int]
     details: dict[str, float]
+    allocator: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a rank computes on, and how. `name` and `peak_tflops` are None on the CPU, the latter also
+    for an accelerator that is not in the table of peaks."""
+
+    name: str | None
+    peak_tflops: float | None
+    attention: str
 
 
 def recipe_of(train: TrainConfig, activation_bytes: int | None = None) -> Recipe:
@@ -116,6 +133,7 @@ class Worker:
         self._trace = Trace(context.whereabouts.tell)
         self._pacer = make_pacer(config, self._trace)
         self._trainer = build_trainer(config, context, self._pacer, self._trace)
+        self._stopwatch = Stopwatch(context.device)
         self._step = 0
 
     def step(self) -> StepMeasurement:
@@ -131,15 +149,13 @@ class Worker:
         batches = [batch.to(self._context.device) for batch in batches]
         self._step += 1
         self._context.barrier()
-        _synchronize(self._context.device)
         if self._pacer is not None:
             self._pacer.start_step()
-        start = time.perf_counter()
+        self._stopwatch.start()
         result = self._trainer.train_step(batches)
-        _synchronize(self._context.device)
-        seconds = time.perf_counter() - start
+        elapsed = self._stopwatch.stop()
         computing_s = None if self._pacer is None else self._pacer.end_step()
-        return StepMeasurement(seconds, computing_s, result.loss, result.grad_norm)
+        return StepMeasurement(elapsed.seconds, elapsed.host_s, computing_s, result.loss, result.grad_norm)
 
     def traced_step(self) -> list[Span]:
         """One optimizer step, and what happened in it on this rank."""
@@ -160,7 +176,25 @@ class Worker:
         self._memory.reset()
 
     def resources(self) -> Resources:
-        return Resources(self._memory.read(), traffic.connections(), self._details())
+        on_cpu = self._context.device.type == "cpu"
+        connections = traffic.connections() if on_cpu else []
+        return Resources(
+            self._memory.read(),
+            connections,
+            self._trainer.memory_reads(),
+            self._details(),
+            self._memory.allocator(),
+        )
+
+    def device(self) -> Device:
+        """Runs one block of the model to see what it computes with: not to be called while timing."""
+        train, model, device = self._config.train, self._config.workload.model, self._context.device
+        attention = attention_kernel(model, train.micro_batch, recipe_of(train).dtype, device)
+        if device.type == "cpu":
+            return Device(None, None, attention)
+        name = torch.get_device_module(device).get_device_name(device)
+        tf32 = torch.get_float32_matmul_precision() != "highest"
+        return Device(name, peak_tflops(name, train.precision, tf32), attention)
 
     def _details(self) -> dict[str, float]:
         if self._pacer is None:
@@ -179,8 +213,3 @@ class Worker:
 
     def close(self) -> None:
         self._trainer.close()
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -46,7 +46,7 @@ class DDP(Trainer):
     def _read_gradients(self) -> dict[str, Tensor]:
         return {name: gradient_of(value).cpu().clone() for name, value in self._parameters.items()}
 
-    def _optimizer_step(self) -> tuple[float, bool]:
+    def _optimizer_step(self) -> tuple[Tensor | float, bool]:
         norm = clip_gradients(self._parameters.values(), self.recipe.clip)
         self._optimizer.step()
         self._optimizer.zero_grad()

@@ -48,11 +48,12 @@ def import_deepspeed(device_type: str) -> ModuleType:
 def prepare(device_type: str | None) -> None:
     """Run in the parent of ranks that are then forked and find DeepSpeed and the helper in memory.
 
-    None stands for CUDA where there is a GPU, and for the CPU elsewhere; CUDA itself is not
-    touched. Raises UsageError.
+    On an accelerator (None: where there is one) each rank imports it for itself: that looks at the
+    device, which must not be touched before the fork. Raises UsageError.
     """
-    has_gpu = torch.version.cuda is not None and torch.cuda.device_count() > 0
-    import_deepspeed(device_type or ("cuda" if has_gpu else "cpu"))
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if (device_type or (accelerator.type if accelerator else "cpu")) == "cpu":
+        import_deepspeed("cpu")
 
 
 def extensions_folder() -> Path:

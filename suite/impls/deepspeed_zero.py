@@ -72,9 +72,9 @@ class DeepSpeedZero(Trainer):
 
         return self._whole(safe_get_full_grad)
 
-    def _optimizer_step(self) -> tuple[float, bool]:
+    def _optimizer_step(self) -> tuple[Tensor | float, bool]:
         self._engine.step()
-        return float(self._engine.get_global_grad_norm()), not self._engine.was_step_applied()
+        return self._engine.get_global_grad_norm(), not self._engine.was_step_applied()
 
     def _whole(self, read: Any) -> dict[str, Tensor]:
         """Every parameter's tensor, as DeepSpeed assembles it from the shards (collective)."""

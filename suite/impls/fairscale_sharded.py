@@ -80,12 +80,12 @@ class FairScaleSDP(Trainer):
             gradients[name] = gradient.cpu()
         return gradients
 
-    def _optimizer_step(self) -> tuple[float, bool]:
+    def _optimizer_step(self) -> tuple[Tensor | float, bool]:
         limit = math.inf if self.recipe.clip is None else self.recipe.clip
         norm = self._optimizer.clip_grad_norm(limit)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=self._set_to_none)
-        return norm.item(), False
+        return norm, False
 
 
 class FairScaleFSDP(Trainer):
@@ -138,9 +138,9 @@ class FairScaleFSDP(Trainer):
             shard.copy_(values)
         return gradients
 
-    def _optimizer_step(self) -> tuple[float, bool]:
+    def _optimizer_step(self) -> tuple[Tensor | float, bool]:
         limit = math.inf if self.recipe.clip is None else self.recipe.clip
         norm = self._model.clip_grad_norm_(limit)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return norm.item(), False
+        return norm, False

@@ -48,16 +48,19 @@ class Floor(Trainer):
             for name, value in zip(self._names, self._weights, strict=True)
         }
 
-    def _optimizer_step(self) -> tuple[float, bool]:
-        for master, weight in zip(self._masters, self._weights, strict=True):
-            if master is not weight:
-                master.grad = None if weight.grad is None else weight.grad.float()
-                weight.grad = None
+    def _optimizer_step(self) -> tuple[Tensor | float, bool]:
+        for master, weight in self._copies():
+            master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
         norm = clip_gradients(self._masters, self.recipe.clip)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        with torch.no_grad():
-            for master, weight in zip(self._masters, self._weights, strict=True):
-                if master is not weight:
-                    weight.copy_(master)
+        if copies := self._copies():
+            with torch.no_grad():
+                torch._foreach_copy_([weight for _, weight in copies], [master for master, _ in copies])
         return norm, False
+
+    def _copies(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """(fp32 master, weight that computes) where these are two; none in fp32."""
+        pairs = zip(self._masters, self._weights, strict=True)
+        return [(master, weight) for master, weight in pairs if master is not weight]

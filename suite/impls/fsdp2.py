@@ -63,7 +63,7 @@ class FSDP2(Trainer):
     def _read_gradients(self) -> dict[str, Tensor]:
         return {name: _whole(gradient_of(value)) for name, value in self._parameters.items()}
 
-    def _optimizer_step(self) -> tuple[float, bool]:
+    def _optimizer_step(self) -> tuple[Tensor | float, bool]:
         norm = clip_gradients(self._parameters.values(), self.recipe.clip)
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -114,6 +114,9 @@ class FSDP2MiCS(HSDP):
         self._collectives = use_engine_collectives(
             self._model, options.partition_size, topology.ranks_per_node, options.hierarchical
         )
+
+    def memory_reads(self) -> dict[int, int]:
+        return self._collectives.read_from
 
     def close(self) -> None:
         self._collectives.close()

@@ -15,11 +15,11 @@ def gradient_of(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> float:
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
     """Scales the gradients down to an L2 norm of `limit` where they exceed it; None only measures.
 
-    Returns the norm before clipping. Collective when the parameters are DTensors: the norm is then
-    that of all shards of one replica.
+    Returns the norm before clipping, on the device. Collective when the parameters are DTensors: the
+    norm is then that of all shards of one replica.
     """
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     norm = get_total_norm([parameter.grad for parameter in with_gradient if parameter.grad is not None])
@@ -27,4 +27,4 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> f
         norm = norm.full_tensor()
     if limit is not None:
         clip_grads_with_norm_(with_gradient, limit, norm)
-    return norm.item()
+    return norm

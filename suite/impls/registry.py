@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -228,14 +229,18 @@ def require_checkpoints(name: str) -> None:
 def preload(name: str, device_type: str | None = None) -> None:
     """Imports what the implementation needs, so that forked ranks find it in memory.
 
-    `device_type` is that of the ranks; None means CUDA where there is a GPU, else the CPU.
+    `device_type` is that of the ranks; None means an accelerator where there is one, else the CPU. For
+    an accelerator nothing is imported: a package that looks at the device then would keep the forked
+    ranks from using it.
     """
     item = find(name)
     require(name)
     if item.prepare is not None:
         item.prepare(device_type)
-    for package in item.requires:
-        importlib.import_module(package)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device_type == "cpu" or (device_type is None and accelerator is None):
+        for package in item.requires:
+            importlib.import_module(package)
 
 
 def build(

@@ -59,11 +59,13 @@ class Recipe:
         return torch.optim.AdamW(parameters, **self.adamw_arguments())  # type: ignore[arg-type]
 
     def adamw_arguments(self) -> dict:
+        """`fused` is torch's single kernel for the whole update, on the CPU and on accelerators."""
         return {
             "lr": self.lr,
             "betas": self.betas,
             "eps": self.eps,
             "weight_decay": self.weight_decay,
+            "fused": True,
         }
 
     @property
@@ -146,7 +148,8 @@ class Trainer(ABC):
         loss = own.clone()
         with self.trace.waiting("all-reduce of the loss"):
             dist.all_reduce(loss)
-        result = StepResult(loss.item(), grad_norm, skipped)
+        # Only here does the host wait for the device: everything before has been queued by now.
+        result = StepResult(loss.item(), float(grad_norm), skipped)
         if not skipped:
             _require_finite(own, result)
         return result
@@ -179,8 +182,9 @@ class Trainer(ABC):
         """`full_gradients`, taken between the last backward and the optimizer."""
 
     @abstractmethod
-    def _optimizer_step(self) -> tuple[float, bool]:
-        """Clips, steps and clears the gradients; returns (gradient norm, skipped)."""
+    def _optimizer_step(self) -> tuple[Tensor | float, bool]:
+        """Clips, steps and clears the gradients; returns (gradient norm, skipped). A norm that is on
+        the device stays there: reading it would hold up the host."""
 
     def save(self, folder: Path, position: int = 0) -> None:
         """A complete checkpoint, on the disk when it returns; `position` counts consumed steps.
@@ -200,6 +204,11 @@ class Trainer(ABC):
         """From now on this implementation adds what it gathers, reduces and waits for to `trace`, and tells
         it what it does."""
         self.trace = trace
+
+    def memory_reads(self) -> dict[int, int]:
+        """Bytes that this rank has read from the memory of others on its host, by their rank: traffic
+        that no connection shows."""
+        return {}
 
     def details(self) -> dict[str, float]:
         """Figures of the implementation's own, counted up since it was made; units in their names."""

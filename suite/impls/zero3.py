@@ -27,7 +27,7 @@ class Zero3(Trainer):
         super().__init__(recipe, topology)
         assert isinstance(options.partition_size, int), "resolve() fills in the partition size"
         self.partition_size = options.partition_size
-        model = build_model().to(topology.device)
+        model = build_model()
         self.engine = shard(
             model,
             recipe.adamw(model.parameters()),
@@ -35,6 +35,7 @@ class Zero3(Trainer):
             clip=recipe.clip,
             partition_size=options.partition_size,
             ranks_per_node=topology.ranks_per_node,
+            device=topology.device,  # where the model is moved unit by unit, never as a whole
             options=options,
         )
 
@@ -49,8 +50,8 @@ class Zero3(Trainer):
     def _read_gradients(self) -> dict[str, Tensor]:
         return dict(self.engine.full_gradients())
 
-    def _optimizer_step(self) -> tuple[float, bool]:
-        norm = self.engine.step().item()
+    def _optimizer_step(self) -> tuple[Tensor | float, bool]:
+        norm = self.engine.step()
         return norm, self.engine.skipped
 
     def save(self, folder: Path, position: int = 0) -> None:
@@ -69,6 +70,9 @@ class Zero3(Trainer):
     def record_into(self, trace: Trace) -> None:
         super().record_into(trace)
         self.engine.record_into(trace)
+
+    def memory_reads(self) -> dict[int, int]:
+        return self.engine.memory_reads
 
     def details(self) -> dict[str, float]:
         statistics = self.engine.statistics

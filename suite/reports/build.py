@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,19 +11,17 @@ import jinja2
 from markupsafe import Markup
 
 from suite.errors import UsageError
-from suite.records import AnyRecord, ProjectionRecord
-from suite.reports.claims import SWEEPS, Verdict, judge, write_claims, write_sweeps
+from suite.records import AnyRecord
+from suite.reports.claims import OVERALL_RULE, SWEEPS, Verdict, judge, write_claims, write_sweeps
 from suite.reports.cohorts import (
-    FLOOR,
     NO_DIFFERENCE_RULE,
     Cohort,
     checks_of,
-    device,
     group_cohorts,
-    moment,
     projections_of,
     runs_of,
 )
+from suite.reports.descriptions import Description
 from suite.reports.figures import Plot, Style, styles_for
 from suite.reports.published import INSTANCES, NUMBERS, SOURCES
 from suite.reports.sections import correctness, environment, implementations, resources, throughput
@@ -33,7 +30,9 @@ from suite.reports.sections.cohort import cohort_section
 from suite.reports.sections.losses import convergence_section
 from suite.reports.sections.memory import memory_section
 from suite.reports.sections.projected import projected_section
+from suite.reports.sections.runs import Key, key_of, projections_table, run_names, runs_table
 from suite.reports.sections.section import Section
+from suite.reports.sections.summary import impl_names, run_here, summary
 from suite.reports.sections.traffic import traffic_section
 from suite.reports.sections.weak_scaling import weak_scaling_section
 from suite.reports.tables import Table, word
@@ -42,17 +41,8 @@ from suite.reports.verdicts import NOT_TESTABLE, VERDICTS
 INDEX = "index.html"
 CLAIMS = "claims.json"
 FIGURES = "figures"
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a reader should know about an implementation; `limits` says what it cannot do on the
-    backend that it ran on, `shims` what was changed to make it run at all, one sentence each."""
-
-    name: str
-    summary: str
-    limits: str = ""
-    shims: tuple[str, ...] = ()
+WANDB_REPORT = "wandb-report.json"
+OURS = {INDEX, CLAIMS, FIGURES, SWEEPS, WANDB_REPORT}
 
 
 @dataclass(frozen=True)
@@ -92,6 +82,7 @@ def named_tables(records: Sequence[AnyRecord]) -> list[tuple[str, Table]]:
     styles = styles_for([record.impl for record in records])
     tables = [
         ("claims", claims_table(judge(records))),
+        ("runs", runs_table(cohorts, run_names(records, cohorts))),
         ("overview", throughput.overview_table(cohorts)),
         ("correctness", correctness.correctness_table(checks_of(records))),
     ]
@@ -123,9 +114,7 @@ def _require_ours(out: Path) -> None:
     """A report replaces its folder, so the folder must hold nothing else."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"out={out} is a file; name a folder for the report")
-    others = (
-        {item.name for item in out.iterdir()} - {INDEX, CLAIMS, FIGURES, SWEEPS} if out.exists() else set()
-    )
+    others = {item.name for item in out.iterdir()} - OURS if out.exists() else set()
     if others:
         raise UsageError(f"out={out} holds other files ({min(others)}); name a new or an empty folder")
 
@@ -135,8 +124,8 @@ def _write(records: Sequence[AnyRecord], folder: Path, descriptions: Mapping[str
     styles = styles_for([record.impl for record in records])
     cohort_sections = [cohort_section(cohort, styles) for cohort in cohorts]
     sections = extra_sections(records, cohorts, styles)
-    impls = [_impl_section(name, records, cohorts, descriptions) for name in _impl_names(records)]
-    verdicts = judge(records)
+    impls = [_impl_section(name, records, cohorts, descriptions) for name in impl_names(records)]
+    verdicts, names = judge(records), run_names(records, cohorts)
     figures = folder / FIGURES
     figures.mkdir(parents=True)
     plots = [plot for section in cohort_sections for plot in section.plots]
@@ -144,14 +133,19 @@ def _write(records: Sequence[AnyRecord], folder: Path, descriptions: Mapping[str
     plots += [impl.plot for impl in impls if impl.plot is not None]
     for plot in plots:
         plot.save(figures)
-    write_claims(folder / CLAIMS, verdicts)
+    write_claims(folder / CLAIMS, verdicts, names)
     write_sweeps(folder / SWEEPS, verdicts)
-    found = Counter(verdict.verdict for verdict in verdicts)
     page = _template().render(
-        summary=_summary(records, cohorts),
+        summary=summary(records, cohorts),
         # Stable: what could be judged comes first, otherwise in the order of the claims.
         verdicts=sorted(verdicts, key=lambda verdict: verdict.verdict == NOT_TESTABLE),
-        verdict_counts={name: count for name in VERDICTS if (count := found[name])},
+        by_verdict={
+            name: [verdict.claim.id for verdict in verdicts if verdict.verdict == name] for name in VERDICTS
+        },
+        overall_rule=OVERALL_RULE,
+        run_links={verdict.claim.id: _run_links(verdict, names) for verdict in verdicts},
+        runs=runs_table(cohorts, names),
+        projections=projections_table(records, names),
         sources=SOURCES,
         numbers=NUMBERS,
         instances=INSTANCES,
@@ -162,10 +156,18 @@ def _write(records: Sequence[AnyRecord], folder: Path, descriptions: Mapping[str
         sections=sections,
         impls=impls,
         noise=environment.noise_table(cohorts),
-        environment=environment.environment_table(_run_here(records)),
+        environment=environment.environment_table(run_here(records)),
         notes=sorted({f"{run.impl}: {note}" for run in runs_of(records) for note in run.notes}),
     )
     (folder / INDEX).write_text(page, encoding="utf-8")
+
+
+def _run_links(verdict: Verdict, names: Mapping[Key, str]) -> list[tuple[str, list[str]]]:
+    """Per kind of evidence, the names of the runs behind a verdict."""
+    return [
+        (finding.evidence, list(dict.fromkeys(names[key_of(run)] for run in finding.runs)))
+        for finding in verdict.findings
+    ]
 
 
 def extra_sections(
@@ -197,52 +199,6 @@ def _impl_section(
         correctness.correctness_table(check for check in checks_of(records) if check.impl == name),
         implementations.implementation_plot(name, cohorts) if measured else None,
     )
-
-
-def _impl_names(records: Sequence[AnyRecord]) -> list[str]:
-    """Of what was run, in alphabetical order, the floor last."""
-    return sorted(
-        {record.impl for record in _run_here(records)},
-        key=lambda name: (name == FLOOR, name),
-    )
-
-
-def _run_here(records: Iterable[AnyRecord]) -> list[AnyRecord]:
-    """All but what a model has computed."""
-    return [record for record in records if not isinstance(record, ProjectionRecord)]
-
-
-def _summary(records: Sequence[AnyRecord], cohorts: Sequence[Cohort]) -> list[tuple[str, str]]:
-    """What ran, on what, and how quiet it was."""
-    runs, checks, projections = runs_of(records), checks_of(records), projections_of(records)
-    evidence = Counter(run.evidence for run in runs)
-    noisy = sum(bool(run.noise.get("noisy")) for run in runs)
-    failed = sum(not check.ok for check in checks)
-    started = [moment(at) for at in sorted(record.started_at for record in records)]
-    competitors = [name for name in _impl_names(records) if name != FLOOR]
-    return [
-        ("Implementations", f"{len(competitors)}: {', '.join(competitors)}"),
-        (
-            "Timed runs",
-            f"{len(runs)} in {len(cohorts)} cohorts"
-            + "".join(f"; {count} {kind}" for kind, count in sorted(evidence.items())),
-        ),
-        ("Projections", f"{len(projections)}" if projections else "none among these results"),
-        ("Workloads", ", ".join(sorted({record.workload for record in records}))),
-        ("Ranks", ", ".join(str(size) for size in sorted({record.world_size for record in records}))),
-        (
-            "Correctness",
-            f"{len(checks) - failed} of {len(checks)} checks ok"
-            if checks
-            else "no checks among these results",
-        ),
-        (
-            "Machine",
-            "; ".join(sorted({device(record) for record in _run_here(records)}) or "nothing was run"),
-        ),
-        ("Noise", f"{noisy} of {len(runs)} runs marked noisy" if runs else "no timed runs"),
-        ("Taken", started[0] if started[0] == started[-1] else f"{started[0]} to {started[-1]}"),
-    ]
 
 
 def _template() -> jinja2.Template:

@@ -7,7 +7,7 @@ The verdict follows from the records by a rule that is part of the row. Evidence
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,15 @@ from suite.reports.judges.optimisations import OPTIMISATION_JUDGES
 from suite.reports.judges.partition_groups import PARTITION_JUDGES
 from suite.reports.judges.projections import PROJECTION_JUDGES
 from suite.reports.published import CLAIMS, Claim
+from suite.reports.sections.runs import Key, key_of
 from suite.reports.verdicts import NOT_TESTABLE, PARTLY, Finding
 
 CLAIMS_SCHEMA = "claims/1"
 SWEEPS = "sweeps"
+OVERALL_RULE = (
+    "Kinds of evidence are judged apart, each by the rule in the row. A verdict is what they agree on, and "
+    "“partly” where they do not; a kind that cannot test the claim is shown and decides nothing."
+)
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,9 @@ class Verdict:
     sweep: str | None
 
     @property
-    def config_hashes(self) -> tuple[str, ...]:
-        """The runs that the verdict rests on."""
-        hashes = (run.config_hash for finding in self.findings for run in finding.runs)
-        return tuple(dict.fromkeys(hashes))
+    def runs(self) -> tuple[Record | ProjectionRecord, ...]:
+        """What the verdict rests on, each once."""
+        return tuple({key_of(run): run for finding in self.findings for run in finding.runs}.values())
 
 
 def judge(records: Iterable[AnyRecord]) -> list[Verdict]:
@@ -56,9 +60,13 @@ def judge(records: Iterable[AnyRecord]) -> list[Verdict]:
     return [_verdict(claim, runs, projections) for claim in CLAIMS]
 
 
-def write_claims(path: Path, verdicts: Iterable[Verdict]) -> None:
-    """`claims.json`: the same rows as the report shows, for programs."""
-    content = {"schema": CLAIMS_SCHEMA, "claims": [_row(verdict) for verdict in verdicts]}
+def write_claims(path: Path, verdicts: Iterable[Verdict], names: Mapping[Key, str]) -> None:
+    """`claims.json`: the same rows as the report shows, for programs. `names` are the runs' in the report."""
+    content = {
+        "schema": CLAIMS_SCHEMA,
+        "combined": OVERALL_RULE,
+        "claims": [_row(verdict, names) for verdict in verdicts],
+    }
     path.write_text(
         json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
     )
@@ -99,13 +107,13 @@ def _verdict(claim: Claim, runs: Sequence[Record], projections: Sequence[Project
 
 
 def _overall(findings: Iterable[Finding]) -> str:
-    """Kinds of evidence that agree; partly where they do not."""
+    """See OVERALL_RULE."""
     outcomes = {finding.outcome for finding in findings}
     deciding = outcomes - {NOT_TESTABLE} or outcomes
     return deciding.pop() if len(deciding) == 1 else PARTLY
 
 
-def _row(verdict: Verdict) -> dict[str, Any]:
+def _row(verdict: Verdict, names: Mapping[Key, str]) -> dict[str, Any]:
     claim = verdict.claim
     return {
         "id": claim.id,
@@ -120,5 +128,14 @@ def _row(verdict: Verdict) -> dict[str, Any]:
         ],
         "missing": verdict.missing,
         "commands": list(verdict.commands),
-        "config_hashes": list(verdict.config_hashes),
+        "runs": [
+            {
+                "name": names[key_of(run)],
+                "link": f"index.html#{names[key_of(run)]}",
+                "evidence": run.evidence,
+                "config_hash": run.config_hash,
+                "started_at": run.started_at,
+            }
+            for run in verdict.runs
+        ],
     }

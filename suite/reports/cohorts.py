@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from suite.config import NOT_MEASURED
 from suite.records import AnyRecord, CheckRecord, ProjectionRecord, Record
 
 REFERENCE = "ddp"
@@ -127,7 +128,7 @@ def training_key(run: Record) -> str:
     whatever implementation does it."""
     shared = {key: value for key, value in run.config.items() if key not in ("impl", "wandb", "out")}
     shared["testbed"] = {
-        key: value for key, value in shared.get("testbed", {}).items() if not key.endswith("timeout_s")
+        key: value for key, value in shared.get("testbed", {}).items() if key not in NOT_MEASURED
     }
     return json.dumps([run.evidence, shared], sort_keys=True)
 

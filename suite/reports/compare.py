@@ -1,8 +1,9 @@
 """Is one set of results faster than another? With a confidence interval, and a refusal to guess.
 
 The interval is the 95% percentile bootstrap of the ratio of the median step times (`step_times_s`,
-resampled with a fixed seed). It knows the steps of each result only: a machine that changed between two
-results changes their ratio, too.
+resampled with a fixed seed). Few steps decide nothing about one configuration, but many configurations
+can decide about the results as a whole: `Together`. Both know the steps of each result only: a machine that
+changed between two results changes their ratio, too (the floor's row shows it).
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from suite.errors import UsageError
 from suite.records import AnyRecord, Record
-from suite.reports.cohorts import cluster_name, device, ranks, runs_of, training_key
+from suite.reports.cohorts import FLOOR, cluster_name, device, ranks, runs_of, training_key
 from suite.reports.tables import Table, number, whole, word
 
 CONFIDENCE = 0.95
@@ -24,6 +26,7 @@ FEWEST_STEPS = 4
 """With three steps on each side chance alone keeps two results apart in one of ten cases."""
 FASTER, SLOWER, SAME = "faster", "slower", "no significant difference"
 TOO_FEW = f"no significant difference (fewer than {FEWEST_STEPS} timed steps)"
+FEWEST_TOGETHER = 5
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,38 @@ class Interval:
 
     @staticmethod
     def of(first: Sequence[float], second: Sequence[float]) -> Interval:
+        return Interval._of(
+            resampled_ratios(first, second, np.random.default_rng(0)), np.median(second) / np.median(first)
+        )
+
+    @staticmethod
+    def together(sides: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Interval:
+        """The geometric mean of the ratios of several configurations; these are resampled, too, so that a
+        few that changed a lot do not speak for all."""
         random = np.random.default_rng(0)
-        medians = [
-            np.median(random.choice(values, (RESAMPLES, len(values))), axis=1) for values in (first, second)
-        ]
+        logs = np.log([resampled_ratios(first, second, random) for first, second in sides])
+        drawn = random.integers(len(sides), size=(RESAMPLES, len(sides)))
+        means = logs[drawn, np.arange(RESAMPLES)[:, None]].mean(axis=1)
+        middle = np.mean([np.log(np.median(second) / np.median(first)) for first, second in sides])
+        return Interval._of(np.exp(means), np.exp(middle))
+
+    @staticmethod
+    def _of(ratios: np.ndarray, middle: float) -> Interval:
         tail = (1 - CONFIDENCE) / 2
-        low, high = np.quantile(medians[1] / medians[0], [tail, 1 - tail])
-        return Interval(float(low), float(np.median(second) / np.median(first)), float(high))
+        low, high = np.quantile(ratios, [tail, 1 - tail])
+        return Interval(float(low), float(middle), float(high))
+
+    @property
+    def verdict(self) -> str:
+        return SLOWER if self.low > 1 else FASTER if self.high < 1 else SAME
+
+
+def resampled_ratios(first: Sequence[float], second: Sequence[float], random: np.random.Generator) -> Any:
+    """RESAMPLES ratios of medians, second over first."""
+    medians = [
+        np.median(random.choice(values, (RESAMPLES, len(values))), axis=1) for values in (first, second)
+    ]
+    return medians[1] / medians[0]
 
 
 @dataclass(frozen=True)
@@ -78,12 +106,47 @@ class Comparison:
     def verdict(self) -> str:
         if min(map(len, self.steps)) < FEWEST_STEPS:
             return TOO_FEW
-        interval = self.interval
-        return SLOWER if interval.low > 1 else FASTER if interval.high < 1 else SAME
+        return self.interval.verdict
 
     def regressed(self, threshold: float) -> bool:
         """Whether it is significantly slower, and by more than this share."""
         return self.verdict == SLOWER and self.interval.middle > 1 + threshold
+
+
+@dataclass(frozen=True)
+class Together:
+    """All configurations of one kind of evidence, but for the floor, which is no method."""
+
+    evidence: str
+    items: tuple[Comparison, ...]
+
+    @property
+    def label(self) -> str:
+        return f"all {len(self.items)} together"
+
+    training = "geometric mean of the ratios"
+
+    @property
+    def interval(self) -> Interval:
+        return Interval.together([item.steps for item in self.items])
+
+    @property
+    def verdict(self) -> str:
+        return self.interval.verdict
+
+    def regressed(self, threshold: float) -> bool:
+        """As of a single configuration."""
+        return self.verdict == SLOWER and self.interval.middle > 1 + threshold
+
+
+def together(found: Iterable[Comparison]) -> list[Together]:
+    """Per kind of evidence, where there are enough configurations to speak of a whole."""
+    kinds: dict[str, list[Comparison]] = {}
+    for item in found:
+        if item.first[0].impl != FLOOR:
+            kinds.setdefault(item.first[0].evidence, []).append(item)
+    enough = {kind: items for kind, items in kinds.items() if len(items) >= FEWEST_TOGETHER}
+    return [Together(kind, tuple(items)) for kind, items in sorted(enough.items())]
 
 
 def compare(first: Iterable[AnyRecord], second: Iterable[AnyRecord]) -> list[Comparison]:
@@ -130,8 +193,23 @@ def comparison_table(found: Sequence[Comparison]) -> Table:
             word(item.first[0].evidence),
         )
 
+    def whole_row(item: Together) -> tuple:
+        interval = item.interval
+        ratios = (number(value, "{:.3f}".format) for value in (interval.middle, interval.low, interval.high))
+        missing = word(None)
+        return (
+            word(item.label),
+            word(item.training),
+            missing,
+            missing,
+            *ratios,
+            missing,
+            word(item.verdict),
+            word(item.evidence),
+        )
+
     title = f"Second over first, with the {CONFIDENCE:.0%} bootstrap interval of the ratio of medians"
-    return Table(title, head, tuple(map(row, found)))
+    return Table(title, head, (*map(row, found), *map(whole_row, together(found))))
 
 
 def other_machine(found: Iterable[Comparison]) -> bool:

@@ -86,6 +86,10 @@ def range_text(low: float, high: float) -> str:
     return f"{rounded(low)}–{rounded(high)}"
 
 
+def percent(share: float | None) -> Cell:
+    return number(None if share is None else 100 * share)
+
+
 def mebibytes(value: float | None) -> Cell:
     return number(None if value is None else value / MIB)
 

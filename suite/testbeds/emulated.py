@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
+from suite.testbeds.devices import on_the_cpu
 from suite.testbeds.forked import Site, forked_ranks
 from suite.testbeds.local import threads_per_rank
 from suite.testbeds.network import INTERFACE, address_of, build_network
@@ -42,7 +41,7 @@ class EmulatedTestbed(Testbed):
                 address_of(0),
                 PORT,
                 INTERFACE,
-                device=lambda rank: (torch.device("cpu"), "gloo"),
+                on_the_cpu,
                 enter=lambda rank: network.enter(rank // self.ranks_per_node),
             )
             with forked_ranks(program, site, startup_timeout_s) as running:

@@ -27,11 +27,14 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from suite.testbeds.ranks import LocalRanks, Raised, Rank
+from suite.testbeds.devices import bound, stay_off_devices
+from suite.testbeds.ranks import ChildProcess, LocalRanks, Raised, Rank
 from suite.testbeds.testbed import Program, RankContext
 from suite.testbeds.whereabouts import Whereabouts
 
 PR_SET_PDEATHSIG = 1
+
+_FORK = multiprocessing.get_context("fork")
 
 
 def stay_forkable() -> None:
@@ -39,6 +42,7 @@ def stay_forkable() -> None:
     first parallel region. To be called before anything that may compute, imports of frameworks
     included; ranks set their own number of threads."""
     torch.set_num_threads(1)
+    stay_off_devices()
 
 
 @dataclass(frozen=True)
@@ -76,22 +80,11 @@ def forked_ranks(program: Program, site: Site, startup_timeout_s: float) -> Iter
 
 
 def _fork(program: Program, site: Site) -> list[Rank]:
-    fork = multiprocessing.get_context("fork")
     ranks: list[Rank] = []
     try:
         for number in range(site.ranks):
-            ours, theirs = fork.Pipe()
-            # A file without a name: nothing has to be removed, whatever ends this process.
-            log = tempfile.TemporaryFile()  # noqa: SIM115 (Rank closes it)
-            whereabouts = Whereabouts()
-            process = fork.Process(
-                target=_child,
-                args=(number, program, site, theirs, log.fileno(), whereabouts, os.getpid()),
-                name=f"rank-{number}",
-            )
-            process.start()
-            theirs.close()
-            ranks.append(Rank(number, process, ours, log, whereabouts))
+            ours, theirs = _FORK.Pipe()
+            ranks.append(Rank(number, fork_rank(number, program, site, theirs), ours))
     except BaseException:
         LocalRanks(ranks).kill()
         raise
@@ -99,6 +92,21 @@ def _fork(program: Program, site: Site) -> list[Rank]:
         if site.listener is not None:
             site.listener.close()
     return ranks
+
+
+def fork_rank(number: int, program: Program, site: Site, channel: Connection) -> ChildProcess:
+    """One rank that answers on `channel` (closed here)."""
+    # A file without a name: nothing has to be removed, whatever ends this process.
+    log = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as what is returned)
+    whereabouts = Whereabouts()
+    process = _FORK.Process(
+        target=_child,
+        args=(number, program, site, channel, log.fileno(), whereabouts, os.getpid()),
+        name=f"rank-{number}",
+    )
+    process.start()
+    channel.close()
+    return ChildProcess(process, log, whereabouts)
 
 
 def _child(
@@ -151,7 +159,7 @@ def _join(number: int, site: Site, whereabouts: Whereabouts) -> RankContext:
         wait_for_workers=False,
         master_listen_fd=site.listener.detach() if serves and site.listener is not None else None,
     )
-    dist.init_process_group(backend, store=store, rank=number, world_size=site.ranks)
+    dist.init_process_group(backend, store=store, rank=number, world_size=site.ranks, device_id=bound(device))
     return RankContext(number, site.ranks, site.ranks_per_node, device, whereabouts)
 
 
@@ -176,7 +184,7 @@ def _serve(program: Program, context: RankContext, channel: Connection) -> None:
     try:
         target = program(context)
     except Exception as error:
-        channel.send(_raised(error))
+        channel.send(raised(error))
         raise
     channel.send(None)
     while (message := channel.recv()) is not None:
@@ -185,7 +193,7 @@ def _serve(program: Program, context: RankContext, channel: Connection) -> None:
         try:
             answer = getattr(target, method)(*arguments)
         except Exception as error:
-            channel.send(_raised(error))
+            channel.send(raised(error))
             raise
         channel.send(answer)
     close = getattr(target, "close", None)
@@ -193,6 +201,7 @@ def _serve(program: Program, context: RankContext, channel: Connection) -> None:
         close()
 
 
-def _raised(error: Exception) -> Raised:
+def raised(error: Exception) -> Raised:
+    """What a caller is told of an exception in another process."""
     first = (str(error).strip().splitlines() or [""])[0]
     return Raised(f"{type(error).__name__}: {first}", traceback.format_exc())

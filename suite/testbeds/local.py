@@ -7,8 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
+from suite.testbeds.devices import claim_device, on_the_cpu, require_devices
 from suite.testbeds.forked import Site, forked_ranks
 from suite.testbeds.ranks import LocalRanks
 from suite.testbeds.testbed import Program, Testbed
@@ -17,17 +16,26 @@ LOOPBACK = "127.0.0.1"
 
 
 class LocalTestbed(Testbed):
-    """`ranks` processes on this host; `ranks_per_node` only tells the topology."""
+    """`ranks` processes on this host; `ranks_per_node` only tells the topology.
+
+    They compute on the accelerators, one each, where the host has some; `device_type` "cpu" keeps them
+    from it.
+    """
 
     evidence = "measured"
 
-    def __init__(self, ranks: int, ranks_per_node: int, threads: int | None = None) -> None:
+    def __init__(
+        self, ranks: int, ranks_per_node: int, threads: int | None = None, device_type: str | None = None
+    ) -> None:
         self.ranks = ranks
         self.ranks_per_node = ranks_per_node
         self.threads = threads or threads_per_rank(ranks)
+        self.device_type = device_type
 
     @contextmanager
     def launch(self, program: Program, startup_timeout_s: float) -> Iterator[LocalRanks]:
+        if self.device_type != "cpu":
+            require_devices(self.ranks)
         # The listening socket is made here, on a port that the kernel picks, and inherited by
         # rank 0: nobody can take the port between choosing and using it.
         listener = socket.create_server((LOOPBACK, 0), backlog=max(128, 4 * self.ranks))
@@ -38,7 +46,7 @@ class LocalTestbed(Testbed):
             LOOPBACK,
             listener.getsockname()[1],
             "lo",
-            _device,
+            on_the_cpu if self.device_type == "cpu" else claim_device,
             listener=listener,
         )
         with forked_ranks(program, site, startup_timeout_s) as ranks:
@@ -48,12 +56,3 @@ class LocalTestbed(Testbed):
 def threads_per_rank(ranks: int) -> int:
     """An equal share of the cores, at least one."""
     return max(1, (os.cpu_count() or 1) // ranks)
-
-
-def _device(rank: int) -> tuple[torch.device, str]:
-    """This rank's device and the process-group backend for it."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        return device, "cuda:nccl,cpu:gloo"
-    return torch.device("cpu"), "gloo"

@@ -1,25 +1,25 @@
-"""The parent's end of ranks that run as its child processes: calls, failures by name, ending them."""
+"""The caller's end of running ranks: calls, failures by name, ending them."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from suite.errors import RankError
-from suite.testbeds.whereabouts import Whereabouts
+from suite.testbeds.whereabouts import Sighting, Whereabouts
 
 KILL_GRACE_S = 5.0
 FAILURE_GRACE_S = 0.5
-LOOK_S = 1.0
-"""How often silent ranks are looked at for progress."""
-STACKS_S = 0.3
-"""How long ranks are given to print their stacks."""
+LOOK_S = 5.0
+"""How often, at most, silent ranks are looked at for progress."""
+STACK_S = 0.3
+"""How long a rank is given to print its stacks."""
 
 
 @dataclass(frozen=True)
@@ -30,47 +30,105 @@ class Raised:
     traceback: str
 
 
-class Rank:
-    """The parent's end of one rank."""
+class Process(Protocol):
+    """A rank's process, as its parent sees it; on another machine its parent is asked."""
 
-    def __init__(
-        self,
-        number: int,
-        process: Any,
-        channel: Connection,
-        log: IO[bytes],
-        whereabouts: Whereabouts,
-    ) -> None:
-        self.number = number
-        self.process = process
-        self.channel = channel
-        self.whereabouts = whereabouts
+    @property
+    def pid(self) -> int: ...
+
+    def sighting(self) -> Sighting:
+        """What it told last, also after its end."""
+        ...
+
+    def ended(self) -> str:
+        """How it came to its end; called when its channel is closed."""
+        ...
+
+    def join(self, timeout_s: float) -> None:
+        """Waits until it is gone, so long at most."""
+        ...
+
+    def kill(self) -> None:
+        """Ends it and all that it has started, without waiting for it."""
+        ...
+
+    def ask_stack(self) -> None:
+        """Asks it for its stack, without waiting for it."""
+        ...
+
+    def stack(self) -> str:
+        """Where it was when it was asked; empty when it is stopped and cannot say."""
+        ...
+
+    def output(self) -> str:
+        """The end of what it printed."""
+        ...
+
+
+class ChildProcess:
+    """A rank forked from this process; `log` is the file that both have open."""
+
+    def __init__(self, process: Any, log: IO[bytes], whereabouts: Whereabouts) -> None:
+        self._process = process
         self._log = log
+        self._whereabouts = whereabouts
+        self._asked_at = (0.0, 0)
 
-    def printed(self, since: int = 0) -> str:
-        """What the rank has printed, from that byte on."""
-        # Not by seeking: the rank writes at the position that both share.
-        return os.pread(self._log.fileno(), self.log_size() - since, since).decode(errors="replace").strip()
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
-    def log_size(self) -> int:
-        return os.fstat(self._log.fileno()).st_size
+    def sighting(self) -> Sighting:
+        return self._whereabouts.read()
+
+    def ended(self) -> str:
+        self._process.join(KILL_GRACE_S)
+        code = self._process.exitcode
+        return f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"exited with {code}"
+
+    def join(self, timeout_s: float) -> None:
+        self._process.join(timeout_s)
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def ask_stack(self) -> None:
+        self._asked_at = (time.monotonic(), os.fstat(self._log.fileno()).st_size)
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGUSR1)
+
+    def stack(self) -> str:
+        """It prints its stacks into its log."""
+        asked_at, size = self._asked_at
+        time.sleep(max(0.0, asked_at + STACK_S - time.monotonic()))
+        return self._printed(size)
 
     def output(self, lines: int = 15) -> str:
-        """The end of what the rank printed."""
-        return "\n".join(self.printed().splitlines()[-lines:])
+        return "\n".join(self._printed(0).splitlines()[-lines:])
+
+    def _printed(self, since: int) -> str:
+        # Not by seeking: the rank writes at the position that both share.
+        size = os.fstat(self._log.fileno()).st_size
+        return os.pread(self._log.fileno(), size - since, since).decode(errors="replace").strip()
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The caller's end of one rank."""
+
+    number: int
+    process: Process
+    channel: Connection
 
     def where(self) -> str:
         """What it told last, in brackets; empty when it told nothing."""
-        text = str(self.whereabouts.read())
+        text = str(self.process.sighting())
         return f" ({text})" if text else ""
-
-    def close(self) -> None:
-        self.channel.close()
-        self._log.close()
 
 
 class LocalRanks:
-    """Running ranks on this host (see `suite.testbeds.testbed.Ranks`)."""
+    """Running ranks that answer over a channel each (see `suite.testbeds.testbed.Ranks`)."""
 
     def __init__(self, ranks: list[Rank]) -> None:
         self._ranks = ranks
@@ -91,11 +149,11 @@ class LocalRanks:
         failures: list[RankError] = []
         silent = {rank.channel: rank for rank in self._ranks}
         deadline = time.monotonic() + timeout_s
-        seen = self._sightings(silent.values())
+        seen: dict[int, int] = {}
         while silent:
-            ready = wait(list(silent), timeout=max(0.0, min(LOOK_S, deadline - time.monotonic())))
-            now = self._sightings(silent.values())
-            if not failures and now != seen:
+            left = deadline - time.monotonic()
+            ready = wait(list(silent), timeout=max(0.0, min(LOOK_S, timeout_s / 5, left)))
+            if not ready and not failures and (now := _counts(silent.values())) != seen:
                 seen, deadline = now, time.monotonic() + timeout_s
             elif not ready and time.monotonic() >= deadline:
                 break
@@ -129,18 +187,14 @@ class LocalRanks:
         return answer
 
     def _died(self, rank: Rank, doing: str) -> RankError:
-        rank.process.join(KILL_GRACE_S)
-        code = rank.process.exitcode
-        how = f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"exited with {code}"
-        return RankError(f"rank {rank.number} {how} in {doing}{rank.where()}", rank.number, rank.output())
-
-    @staticmethod
-    def _sightings(ranks: Iterable[Rank]) -> dict[int, int]:
-        return {rank.number: rank.whereabouts.read().count for rank in ranks}
+        message = f"rank {rank.number} {rank.process.ended()} in {doing}{rank.where()}"
+        return RankError(message, rank.number, rank.process.output())
 
     def _hung(self, silent: list[Rank], doing: str, timeout_s: float) -> RankError:
         """Names the ranks that are not waiting in a collective: they are what the others wait for."""
-        stacks = _stacks(silent)
+        for rank in silent:
+            rank.process.ask_stack()
+        stacks = {rank.number: rank.process.stack() for rank in silent}
         rank = next((rank for rank in silent if not _waits(rank, stacks[rank.number])), silent[0])
         others = ", ".join(str(other.number) for other in silent if other is not rank)
         return RankError(
@@ -166,28 +220,20 @@ class LocalRanks:
             return
         self._ended = True
         for rank in self._ranks:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(rank.process.pid, signal.SIGKILL)
+            rank.process.kill()
         for rank in self._ranks:
             rank.process.join(KILL_GRACE_S)
-            rank.close()
+            rank.channel.close()
 
 
-def _stacks(ranks: Sequence[Rank]) -> dict[int, str]:
-    """Where each of them is right now: asks it to print its stacks and reads them from its log. One that
-    is stopped by a signal prints none."""
-    before = [rank.log_size() for rank in ranks]
-    for rank in ranks:
-        with suppress(ProcessLookupError):
-            os.kill(rank.process.pid, signal.SIGUSR1)
-    time.sleep(STACKS_S)
-    return {rank.number: rank.printed(size) for rank, size in zip(ranks, before, strict=True)}
+def _counts(ranks: Iterable[Rank]) -> dict[int, int]:
+    return {rank.number: rank.process.sighting().count for rank in ranks}
 
 
 def _waits(rank: Rank, stack: str) -> bool:
     """Whether it is inside a collective: by its own word, or on the stack of its training thread."""
     training_thread = stack.rpartition("Current thread")[2]
-    return bool(rank.whereabouts.read().waiting) or "torch/distributed/" in training_thread
+    return bool(rank.process.sighting().waiting) or "torch/distributed/" in training_thread
 
 
 def _is_consequence(failure: RankError) -> bool:

@@ -60,7 +60,7 @@ class Testbed(ABC):
     """What a number taken here is: `measured`, `emulated` or `projected`."""
 
     device_type: str | None = None
-    """Of the ranks; None means CUDA where there is a GPU, else the CPU."""
+    """Of the ranks; None means an accelerator where there is one, else the CPU."""
 
     busy_limit: float | None = None
     """Share of this machine's cores beyond which times taken here are those of the machine rather
@@ -69,3 +69,16 @@ class Testbed(ABC):
     @abstractmethod
     def launch(self, program: Program, startup_timeout_s: float) -> AbstractContextManager[Ranks]:
         """Starts `program` on every rank; leaving the context ends all of them, whatever happened."""
+
+    def everywhere(self, function: Callable[[], None]) -> None:
+        """Runs it in every process from which ranks will be forked: imports, caches. `function` must be
+        picklable."""
+        function()
+
+    def conditions(self) -> dict[str, Any]:
+        """What a result taken here depends on beyond its configuration and this machine."""
+        return {}
+
+    def notes(self) -> list[str]:
+        """What a reader of a number taken here has to know."""
+        return []

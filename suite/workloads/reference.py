@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from suite.impls.trainer import BuildModel, MicroBatch, Recipe
+from suite.impls.trainer import CPU, BuildModel, MicroBatch, Recipe
 
 FP16_LOSS_SCALE = 2.0**16
 
@@ -54,9 +54,12 @@ class ReferenceRun:
 
 
 def run_reference(
-    build_model: BuildModel, recipe: Recipe, global_batches: Sequence[MicroBatch]
+    build_model: BuildModel,
+    recipe: Recipe,
+    global_batches: Sequence[MicroBatch],
+    device: torch.device = CPU,
 ) -> ReferenceRun:
-    """One optimizer step per global batch, in this process, on the CPU.
+    """One optimizer step per global batch (on `device` already), in this process.
 
     Each global batch goes through the model whole, so `recipe.micro_steps` has no part in it. With
     bf16 or fp16 the fp32 master weights are rounded into a model of that dtype that computes, and its
@@ -65,18 +68,19 @@ def run_reference(
     """
     if not global_batches:
         raise ValueError("a reference run needs at least one global batch")
-    master = build_model()
+    master = build_model().to(device)
     compute = master if recipe.dtype == torch.float32 else copy.deepcopy(master).to(recipe.dtype)
-    optimizer = recipe.adamw(master.parameters())
+    # Not the fused kernel that the implementations get: the truth should not share its mistakes.
+    optimizer = torch.optim.AdamW(master.parameters(), **{**recipe.adamw_arguments(), "fused": False})
     run = ReferenceRun({}, {}, [], [])
     for batch in global_batches:
         loss = _gradients(master, compute, batch)
         if not run.gradients:
-            run.gradients = {name: _gradient(p).clone() for name, p in master.named_parameters()}
+            run.gradients = {name: _gradient(p).cpu().clone() for name, p in master.named_parameters()}
         run.losses.append(loss)
         run.grad_norms.append(_clip(master, recipe.clip))
         optimizer.step()
-    run.parameters = {name: p.detach().clone() for name, p in master.named_parameters()}
+    run.parameters = {name: p.detach().cpu().clone() for name, p in master.named_parameters()}
     return run
 
 

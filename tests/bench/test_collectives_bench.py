@@ -14,13 +14,15 @@ import torch
 import torch.distributed as dist
 
 from suite.impls.sharded.collectives import Reduction
+from suite.impls.sharded.cross_memory import CrossMemoryCollectives
 from suite.impls.sharded.direct import DirectCollectives
 from suite.impls.sharded.native import NativeCollectives
 from suite.testbeds.local import LocalTestbed
 from suite.testbeds.ranks import LocalRanks
 from suite.testbeds.testbed import RankContext
 
-KINDS: dict[str, type[DirectCollectives | NativeCollectives]] = {
+KINDS: dict[str, type[CrossMemoryCollectives | DirectCollectives | NativeCollectives]] = {
+    "cross memory": CrossMemoryCollectives,
     "direct": DirectCollectives,
     "stock gloo": NativeCollectives,
 }

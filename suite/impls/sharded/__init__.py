@@ -56,7 +56,7 @@ def shard(
     options = options or EngineOptions(hierarchical=True)
     device = device or next(model.parameters()).device
     if device.type == "meta":
-        device = torch.device(torch.accelerator.current_accelerator() or "cpu")
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     world = dist.get_world_size()
     topology = PartitionTopology(
         world,

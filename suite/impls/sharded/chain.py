@@ -18,15 +18,19 @@ Job = Callable[[], Sequence[Transfer]]
 
 
 class Errand(ABC):
-    """A job on its way."""
+    """A job on its way. Only the thread and stream that submitted it may wait for it."""
 
     @abstractmethod
     def wait_stages(self) -> None:
-        """Until the job has returned: the buffers of its earlier stages are free."""
+        """Until its earlier stages are over; their buffers are given back."""
 
     @abstractmethod
     def wait(self) -> None:
         """Until its last transfers are over, too."""
+
+
+def _nothing() -> None:
+    pass
 
 
 class Chain(ABC):
@@ -34,7 +38,9 @@ class Chain(ABC):
     wait for each other in a circle."""
 
     @abstractmethod
-    def run(self, job: Job) -> Errand: ...
+    def run(self, job: Job, give_back: Callable[[], None] = _nothing) -> Errand:
+        """`give_back` drops the buffers of the earlier stages. It is called when whoever allocates on
+        the submitting stream can no longer overtake these stages."""
 
     @abstractmethod
     def close(self) -> None:
@@ -42,7 +48,8 @@ class Chain(ABC):
 
 
 def make_chain(device: torch.device) -> Chain:
-    return Courier() if device.type == "cpu" else SideStream(device)
+    # The stream's kernels are few and small, and other ranks wait for what follows them.
+    return Courier() if device.type == "cpu" else SideStream(torch.Stream(device, priority=-1))
 
 
 class Courier(Chain):
@@ -51,8 +58,13 @@ class Courier(Chain):
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "courier")
 
-    def run(self, job: Job) -> Errand:
-        return _Submitted(self._thread.submit(job))
+    def run(self, job: Job, give_back: Callable[[], None] = _nothing) -> Errand:
+        def whole() -> Sequence[Transfer]:
+            transfers = job()
+            give_back()
+            return transfers
+
+        return _Submitted(self._thread.submit(whole))
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -74,26 +86,33 @@ class SideStream(Chain):
     """On an accelerator, a stream: the job is queued there at once, and its later stage waits for the
     earlier one without holding up the compute or the host."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.Stream(device)
+    def __init__(self, stream: torch.Stream) -> None:
+        self._stream = stream
 
-    def run(self, job: Job) -> Errand:
+    def run(self, job: Job, give_back: Callable[[], None] = _nothing) -> Errand:
         self._stream.wait_stream(torch.accelerator.current_stream())
         with self._stream:
-            for transfer in job():
+            transfers = job()
+            stages_over = self._stream.record_event()
+            for transfer in transfers:
                 transfer.wait()
-        return _Queued(self._stream.record_event())
+            over = self._stream.record_event()
+        return _Queued(stages_over, over, give_back)
 
     def close(self) -> None:
         """A stream holds nothing."""
 
 
 class _Queued(Errand):
-    def __init__(self, event: torch.Event) -> None:
-        self._event = event
+    def __init__(self, stages_over: torch.Event, over: torch.Event, give_back: Callable[[], None]) -> None:
+        self._stages_over = stages_over
+        self._over = over
+        self._give_back = give_back
 
     def wait_stages(self) -> None:
-        """The allocator reuses memory in the order of the streams: nothing to wait for."""
+        torch.accelerator.current_stream().wait_event(self._stages_over)
+        self._give_back()
 
     def wait(self) -> None:
-        torch.accelerator.current_stream().wait_event(self._event)
+        torch.accelerator.current_stream().wait_event(self._over)
+        self._give_back()

@@ -414,13 +414,21 @@ def _training(optimizer: torch.optim.Optimizer, position: int, scheduler: Statef
 
 
 def _make_states(owned: Sequence[Owned], optimizer: torch.optim.Optimizer, training: Training) -> None:
-    """Empty optimizer states of the kinds that the checkpoint holds, to be filled."""
+    """Empty optimizer states of the kinds that the checkpoint holds, to be filled. Scalars (the step
+    count) lie on the device where the optimizer's kernel reads them, else on the CPU."""
     optimizer.state.clear()
+    on_device = {
+        id(tensor)
+        for group in optimizer.param_groups
+        for tensor in group["params"]
+        if group.get("fused") or group.get("capturable")
+    }
     for holder in {id(item.optimized): item.optimized for item in owned}.values():
         if holder is not None and training.states:
+            scalar = torch.zeros((), device=holder.device if id(holder) in on_device else "cpu")
             optimizer.state[holder] = {
-                key: torch.zeros(()) if scalar else torch.zeros_like(holder, requires_grad=False)
-                for key, scalar in training.states.items()
+                key: scalar.clone() if is_scalar else torch.zeros_like(holder, requires_grad=False)
+                for key, is_scalar in training.states.items()
             }
 
 

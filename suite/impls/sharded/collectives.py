@@ -2,8 +2,9 @@
 
 A flat buffer of `size * n` elements belongs to a group of `size` ranks; shard i, of n elements, is
 its i-th contiguous part. Every call moves several buffers at once and returns a handle; the data
-may be used, and the buffers touched, only after `handle.wait()`. All ranks of a group make the same
-calls in the same order. See `direct`, `hierarchical` and `native` for the implementations.
+may be used, and the results touched, only after `handle.wait()`, the sources overwritten only after
+`quiesce`. All ranks of a group make the same calls in the same order. See `cross_memory`, `direct`,
+`ring`, `hierarchical` and `native` for the implementations.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ class Transfer(Protocol):
 
 
 class Handle:
-    """A collective in flight: transfers to wait for, then what remains to be done locally."""
+    """A collective in flight: transfers to wait for, then what remains to be done locally.
+
+    Its buffers were allocated on the stream that made it, and the allocator hands memory that is given
+    back there to that stream's next kernels at once. So they may only be given back where that stream
+    has waited: `wait` is for it, `join` and `forget` are for others.
+    """
 
     def __init__(
         self,
@@ -39,15 +45,27 @@ class Handle:
     ) -> None:
         self._works = works
         self._finish = finish
-        self._keep = keep  # buffers that must outlive the transfers
+        self._keep: object = keep  # buffers that must outlive the transfers
 
     def wait(self) -> None:
-        """The current stream (on the CPU: the caller) goes on when the result is there."""
-        for work in self._works:
+        """The current stream (on the CPU: the caller) goes on when the result is there, and the buffers
+        are given back."""
+        self.join()
+        self.forget()
+
+    def join(self) -> None:
+        """Like `wait` for a stream that does not own the buffers: they are kept until `forget`."""
+        works, finish = self._works, self._finish
+        self._works, self._finish = (), None
+        for work in works:
             work.wait()
-        if self._finish is not None:
-            self._finish()
-        self._works, self._finish, self._keep = (), None, ()
+        if finish is not None:
+            finish()
+        self._keep = (works, finish, self._keep)
+
+    def forget(self) -> None:
+        """Gives the buffers back; their own stream has waited for the result."""
+        self._keep = ()
 
 
 @dataclass(frozen=True)
@@ -86,8 +104,18 @@ class Collectives(ABC):
         """Replaces each tensor by its sum over the group, bitwise the same on every rank; the wire
         carries `wire`."""
 
+    def quiesce(self) -> None:  # noqa: B027 (most have read their sources when a handle is waited for)
+        """Until no other rank reads this one's sources (shards, pieces) any more: before they are
+        overwritten in place. Every rank calls it, with no call of its own still to come from another
+        thread."""
+
+    @property
+    def read_from(self) -> dict[int, int]:
+        """Bytes that this rank has read from others' memory instead of a connection, by global rank."""
+        return {}
+
     def close(self) -> None:  # noqa: B027 (most hold nothing)
-        """Ends the threads that it holds."""
+        """Ends what it holds; every rank calls it."""
 
 
 class AloneCollectives(Collectives):
@@ -109,11 +137,19 @@ class AloneCollectives(Collectives):
 
 
 def flatten(pieces: Sequence[Piece], numel: int, like: Tensor) -> Tensor:
-    """The pieces in one buffer of `numel` elements on `like`'s device, zero where none lies."""
+    """The pieces (in order of their offsets) in one buffer of `numel` elements on `like`'s device, zero
+    where none lies. On an accelerator one kernel copies all of them."""
+    if len(pieces) == 1 and pieces[0][1].numel() == numel:
+        return pieces[0][1].reshape(-1)
     dtype = pieces[0][1].dtype if pieces else like.dtype
-    flat = torch.zeros(numel, dtype=dtype, device=like.device)
-    for offset, values in pieces:
-        flat.narrow(0, offset, values.numel()).copy_(values.reshape(-1))
+    flat = torch.empty(numel, dtype=dtype, device=like.device)
+    end = 0
+    for offset, values in [*pieces, (numel, flat[:0])]:
+        flat[end:offset].zero_()
+        end = offset + values.numel()
+    if pieces:
+        places = [flat.narrow(0, offset, values.numel()) for offset, values in pieces]
+        torch._foreach_copy_(places, [values.reshape(-1) for _, values in pieces])
     return flat
 
 

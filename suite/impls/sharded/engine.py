@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from suite.impls.sharded import optimizer as arena_optimizer
 from suite.impls.sharded.collectives import Collectives, Handle
+from suite.impls.sharded.compiling import compile_units
 from suite.impls.sharded.groups import Groups
 from suite.impls.sharded.ledger import make_ledger
 from suite.impls.sharded.materialize import Initialize, materialize, materialize_buffers
@@ -94,6 +95,8 @@ class Engine:
         """Units whose backward has begun or is expected: names of gradients still to come."""
         self._inputs: dict[int, list[RemovableHandle]] = {}
         """Of units without trainable parameters: hooks on inputs whose gradients are still to come."""
+        if options.compile:
+            compile_units(self.units)
         self._hooks = list(self._install_hooks())
 
     def _partition(
@@ -163,6 +166,7 @@ class Engine:
         if not self.skipped:
             if self._clip is not None or scale != 1.0:
                 arena_optimizer.rescale(gradients, norm, self._clip, scale)
+            self._groups.quiesce()
             self.optimizer.step()
             self.refresh_weights()
         self._two_hop.reset(self._trainable_buckets())
@@ -221,6 +225,11 @@ class Engine:
         """What the topology says that a node has had to send to others: to be held against what was
         counted on its connections."""
         return self.statistics.expected_inter_node_bytes + self._two_hop.expected_inter_node_bytes
+
+    @property
+    def memory_reads(self) -> dict[int, int]:
+        """Bytes read from other ranks' memory on this host, by global rank."""
+        return self._groups.read_from
 
     def close(self) -> None:
         """Removes the hooks. The model's parameters stay without memory."""
@@ -423,6 +432,7 @@ class Engine:
 def _gathered(group: Collectives, shard: Tensor) -> Tensor:
     full = torch.empty(group.size * len(shard), dtype=shard.dtype, device=shard.device)
     group.all_gather([full], [shard]).wait()
+    group.quiesce()
     return full
 
 

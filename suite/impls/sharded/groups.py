@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from suite.impls.sharded.collectives import AloneCollectives, Collectives
+from suite.impls.sharded.cross_memory import CrossMemoryCollectives
 from suite.impls.sharded.direct import DirectCollectives
 from suite.impls.sharded.hierarchical import DirectHierarchicalCollectives, Place
 from suite.impls.sharded.native import (
@@ -37,6 +39,17 @@ class Groups:
     def world_size(self) -> int:
         return self.partition.size * self.replication.size
 
+    def quiesce(self) -> None:
+        """Until no other rank reads this one's weights and gradients; every rank calls it."""
+        self.partition.quiesce()
+        self.replication.quiesce()
+
+    @property
+    def read_from(self) -> dict[int, int]:
+        """Bytes read from other ranks' memory, by global rank."""
+        # No rank is in both groups but this one itself.
+        return self.partition.read_from | self.replication.read_from
+
     def close(self) -> None:
         self.partition.close()
         self.replication.close()
@@ -46,10 +59,11 @@ def make_groups(topology: PartitionTopology, options: EngineOptions, device: tor
     """Every rank calls it, after `init_process_group`: the groups of all ranks are made in one order."""
     partition = make_partition(topology, options, device)
     # Where a node holds several replicas of a shard, a ring keeps them from all crossing to all.
-    kind = _flat_kind(
-        options, device, ring=topology.partition_size < topology.ranks_per_node < topology.world_size
+    ring = topology.partition_size < topology.ranks_per_node < topology.world_size
+    replication = _flat(
+        topology.replication_groups(), topology.ranks_per_node, _flat_kind(options, device, ring)
     )
-    return Groups(topology, partition, _flat(topology.replication_groups(), dist.get_rank(), kind))
+    return Groups(topology, partition, replication)
 
 
 def make_partition(
@@ -63,13 +77,13 @@ def make_partition(
     `in_rank_order` asks for shards to be numbered as the ranks are, also where that is not the
     topology's order; native hierarchical collectives cannot do that.
     """
-    kind, rank = _flat_kind(options, device, ring=topology.crosses_nodes), dist.get_rank()
+    kind = _flat_kind(options, device, ring=topology.crosses_nodes)
     if topology.hierarchical and options.preflattened:
-        return _hierarchical(topology, rank, device, kind is RingCollectives, in_rank_order)
-    return _flat(topology.partition_groups(), rank, kind)
+        return _hierarchical(topology, dist.get_rank(), device, kind is RingCollectives, in_rank_order)
+    return _flat(topology.partition_groups(), topology.ranks_per_node, kind)
 
 
-Flat = type[DirectCollectives | RingCollectives | NativeCollectives]
+Flat = type[CrossMemoryCollectives | DirectCollectives | RingCollectives | NativeCollectives]
 
 
 def _flat_kind(options: EngineOptions, device: torch.device, ring: bool) -> Flat:
@@ -77,8 +91,10 @@ def _flat_kind(options: EngineOptions, device: torch.device, ring: bool) -> Flat
         return FlatteningCollectives
     if device.type != "cpu" or dist.get_backend() != "gloo" or options.stock_collectives:
         return NativeCollectives
-    # gloo is served better by point-to-point messages than by itself.
-    return RingCollectives if ring else DirectCollectives
+    # gloo is served better by point-to-point messages than by itself, and memory better than by either.
+    if ring:
+        return RingCollectives
+    return CrossMemoryCollectives if options.cross_memory else DirectCollectives
 
 
 def _hierarchical(
@@ -96,12 +112,23 @@ def _hierarchical(
     return NativeHierarchicalCollectives(across, inside, device)
 
 
-def _flat(members: Sequence[Sequence[int]], rank: int, kind: Flat) -> Collectives:
-    size = len(members[0])
+def _flat(members: Sequence[Sequence[int]], ranks_per_node: int, kind: Flat) -> Collectives:
+    size, rank = len(members[0]), dist.get_rank()
     if size == 1:
         return AloneCollectives(0, 1)
     own = next(ranks for ranks in members if rank in ranks)
-    return kind(_own_group(members), own.index(rank), size)
+    group, index = _own_group(members), own.index(rank)
+    if kind is CrossMemoryCollectives:
+        return _within_host(group, index, size, {member // ranks_per_node for member in own})
+    return kind(group, index, size)
+
+
+def _within_host(group: dist.ProcessGroup, index: int, size: int, nodes: set[int]) -> Collectives:
+    """By memory where the topology says that the group is on one node and its ranks can do it."""
+    if len(nodes) == 1:
+        with suppress(OSError):
+            return CrossMemoryCollectives(group, index, size)
+    return DirectCollectives(group, index, size)
 
 
 def _own_group(members: Sequence[Sequence[int]]) -> dist.ProcessGroup:

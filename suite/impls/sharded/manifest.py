@@ -20,6 +20,8 @@ from suite.errors import UsageError
 
 FORMAT = 2
 TRAINING = "training.json"
+KERNEL_CHOICES = ("fused", "foreach", "capturable", "differentiable")
+"""Of an optimizer: they suit a device, and the one that loads may be another than the one that saved."""
 _CHUNK = 1 << 22
 
 T = TypeVar("T")
@@ -98,6 +100,7 @@ def update_groups(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]])
             f"its optimizer has {len(saved)} parameter groups, not {len(optimizer.param_groups)}"
         )
     for group, settings in zip(optimizer.param_groups, saved, strict=True):
+        settings = {name: value for name, value in settings.items() if name not in KERNEL_CHOICES}
         for name, value in settings.items():
             # "initial_lr" comes with a scheduler, which may be made after loading.
             if name == "params" or (name not in group and name != "initial_lr"):

@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _coalescing_manager
 
 from suite.impls.sharded.chain import make_chain
 from suite.impls.sharded.collectives import Collectives, Handle, Reduction, Transfer, flatten
+
+Call = Callable[[], Transfer | None]
+"""Starts one collective."""
+
+
+def start(calls: Sequence[Call], group: dist.ProcessGroup | None, device: torch.device) -> list[Transfer]:
+    """Starts collectives of one kind in `group`: on an accelerator several of them as one kernel."""
+    if device.type == "cpu" or len(calls) < 2:
+        return [work for call in calls if (work := call()) is not None]
+    return start_as_one(calls, group)
+
+
+def start_as_one(calls: Sequence[Call], group: dist.ProcessGroup | None) -> list[Transfer]:
+    """The backend's coalesced call. Torch's interface to it is private, and its own libraries use it."""
+    with _coalescing_manager(group, async_ops=True) as started:
+        for call in calls:
+            call()
+    return [started]
+
+
+def gathers(fulls: Sequence[Tensor], shards: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Call]:
+    return [
+        partial(dist.all_gather_into_tensor, full, shard, group=group, async_op=True)
+        for full, shard in zip(fulls, shards, strict=True)
+    ]
+
+
+def scatters(sums: Sequence[Tensor], flats: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Call]:
+    return [
+        partial(dist.reduce_scatter_tensor, total, flat, group=group, async_op=True)
+        for total, flat in zip(sums, flats, strict=True)
+    ]
 
 
 class NativeCollectives(Collectives):
@@ -20,35 +54,26 @@ class NativeCollectives(Collectives):
         self.group = group
 
     def all_gather(self, fulls: Sequence[Tensor], shards: Sequence[Tensor]) -> Handle:
-        works = [
-            dist.all_gather_into_tensor(full, shard, group=self.group, async_op=True)
-            for full, shard in zip(fulls, shards, strict=True)
-        ]
-        return Handle([work for work in works if work is not None], keep=shards)
+        if not fulls:
+            return Handle(())
+        return Handle(start(gathers(fulls, shards, self.group), self.group, fulls[0].device), keep=shards)
 
     def reduce_scatter(self, reductions: Sequence[Reduction]) -> Handle:
-        works, flats, sums = [], [], []
-        for item in reductions:
-            flat = flatten(item.pieces, self.size * len(item.shard), item.shard)
-            result = torch.empty(len(item.shard), dtype=flat.dtype, device=flat.device)
-            work = dist.reduce_scatter_tensor(result, flat, group=self.group, async_op=True)
-            assert work is not None
-            works.append(work)
-            flats.append(flat)
-            sums.append(result)
-
+        flats = [flatten(item.pieces, self.size * len(item.shard), item.shard) for item in reductions]
+        sums = [flat.new_empty(len(flat) // self.size) for flat in flats]
+        works = start(scatters(sums, flats, self.group), self.group, flats[0].device)
         return Handle(works, lambda: _store(reductions, sums), keep=flats)
 
     def all_reduce(self, tensors: Sequence[Tensor], wire: torch.dtype) -> Handle:
         outgoing = [tensor.to(wire) for tensor in tensors]
-        works = [dist.all_reduce(item, group=self.group, async_op=True) for item in outgoing]
+        calls = [partial(dist.all_reduce, item, group=self.group, async_op=True) for item in outgoing]
 
         def finish() -> None:
             for tensor, item in zip(tensors, outgoing, strict=True):
                 if item is not tensor:
                     tensor.copy_(item)
 
-        return Handle([work for work in works if work is not None], finish, keep=outgoing)
+        return Handle(start(calls, self.group, outgoing[0].device), finish, keep=outgoing)
 
 
 class FlatteningCollectives(NativeCollectives):
@@ -112,31 +137,29 @@ class NativeHierarchicalCollectives(Collectives):
         self._chain.close()
 
     def all_gather(self, fulls: Sequence[Tensor], shards: Sequence[Tensor]) -> Handle:
+        if not fulls:
+            return Handle(())
+        segments = [full.chunk(self._local_size)[self._local_rank] for full in fulls]
+
         def job() -> Sequence[Transfer]:
-            segments = [full.chunk(self._local_size)[self._local_rank] for full in fulls]
-            for segment, shard in zip(segments, shards, strict=True):
-                dist.all_gather_into_tensor(segment, shard, group=self._across)
-            works = [
-                dist.all_gather_into_tensor(full, segment, group=self._inside, async_op=True)
-                for full, segment in zip(fulls, segments, strict=True)
-            ]
-            return [work for work in works if work is not None]
+            device = fulls[0].device
+            for work in start(gathers(segments, shards, self._across), self._across, device):
+                work.wait()
+            return start(gathers(fulls, segments, self._inside), self._inside, device)
 
         return Handle([self._chain.run(job)], keep=(fulls, shards))
 
     def reduce_scatter(self, reductions: Sequence[Reduction]) -> Handle:
+        # All buffers are made here, on the stream that the result is wanted on, and kept until it has it.
         flats = [flatten(item.pieces, self.size * len(item.shard), item.shard) for item in reductions]
-        segments = [torch.empty_like(flat.chunk(self._local_size)[0]) for flat in flats]
-        sums = [torch.empty_like(flat.chunk(self.size)[0]) for flat in flats]
+        segments = [flat.new_empty(len(flat) // self._local_size) for flat in flats]
+        sums = [flat.new_empty(len(flat) // self.size) for flat in flats]
 
         def job() -> Sequence[Transfer]:
-            for segment, flat in zip(segments, flats, strict=True):
-                dist.reduce_scatter_tensor(segment, flat, group=self._inside)
-            works = [
-                dist.reduce_scatter_tensor(total, segment, group=self._across, async_op=True)
-                for total, segment in zip(sums, segments, strict=True)
-            ]
-            return [work for work in works if work is not None]
+            device = flats[0].device
+            for work in start(scatters(segments, flats, self._inside), self._inside, device):
+                work.wait()
+            return start(scatters(sums, segments, self._across), self._across, device)
 
         return Handle([self._chain.run(job)], lambda: _store(reductions, sums), keep=(flats, segments))
 

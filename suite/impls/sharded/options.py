@@ -27,6 +27,8 @@ class EngineOptions(Options):
     - `one_kernel_norm` (Z7): gradient norm and clipping without a host synchronisation per tensor.
     - `group_batched` (Z9): gradients are sent from where autograd left them, never flattened.
       Needs `preflattened` and a backend with point-to-point messages; elsewhere they are flattened.
+    - `cross_memory`: on the CPU, ranks of one host read each other's memory instead of sending messages
+      over loopback.
     - `stock_collectives`: the backend's own collectives instead of this engine's, so that a
       comparison can give every system the same primitives.
 
@@ -38,6 +40,8 @@ class EngineOptions(Options):
       inter-node and an intra-node stage. Off: flat ones.
     - `two_hop` (M3): gradients are summed over the replicas once a step. Off: at every micro-step.
     - `optimizer_sharding`: `world` divides optimizer states among the replicas as well.
+
+    Beside these, `compile` has `torch.compile` make a graph of each unit's forward and backward.
 
     `prefetch_mb` bounds what is gathered ahead of its use, `coalesce_mb` what goes into one call
     (both in MiB); `poison` fills released and not yet arrived buffers with NaN (tests).
@@ -53,11 +57,13 @@ class EngineOptions(Options):
     contiguous_arenas: bool = True
     one_kernel_norm: bool = True
     group_batched: bool = True
+    cross_memory: bool = True
     stock_collectives: bool = False
     partition_size: int | str | None = None
     hierarchical: bool = False
     two_hop: bool = True
     optimizer_sharding: str = "partition"
+    compile: bool = False
     prefetch_mb: float = 16.0
     coalesce_mb: float = 4.0
     poison: bool = False
@@ -107,6 +113,7 @@ class UnoptimizedOptions(Zero3Options):
     contiguous_arenas: bool = False
     one_kernel_norm: bool = False
     group_batched: bool = False
+    cross_memory: bool = False
     stock_collectives: bool = True
 
 

@@ -96,6 +96,7 @@ class TwoHop:
         """Takes the gradients out of these buckets' parameters and sends them on hop 1; `name` is for
         the trace."""
         calls = [list(buckets)] if self._options.coalesced else [[bucket] for bucket in buckets]
+        self._catch_up(buckets)
         for call in calls:
             reductions, addends = zip(*(self._take(bucket, last) for bucket in call), strict=True)
             self._ledger.enter(TRAINING, "reduce", name, sum(bucket.nbytes for bucket in call))
@@ -104,8 +105,18 @@ class TwoHop:
                 self.expected_inter_node_bytes += self._groups.topology.gather_inter_node_bytes(bucket.nbytes)
             self._send_on(handle, list(addends), name)
         while len(self._hop1) > REDUCTIONS_IN_FLIGHT * max(1, len(calls)):
-            with self.trace.span(Kind.WAIT, f"reduce {self._hop1[0].name}"):
-                self._hop1.popleft().wait_hop1()
+            self._wait_for_oldest()
+
+    def _catch_up(self, buckets: Sequence[Bucket]) -> None:
+        """What is to be added to must be there: in a model of one or two units the sum of the last
+        micro-step may still be on its way, and hop 2 would run ahead of it."""
+        growing = {id(b) for b in buckets if b.has_gradient and not b.synchronized}
+        while any(id(item.bucket) in growing for sent in self._hop1 for item in sent.addends):
+            self._wait_for_oldest()
+
+    def _wait_for_oldest(self) -> None:
+        with self.trace.span(Kind.WAIT, f"reduce {self._hop1[0].name}"):
+            self._hop1.popleft().wait_hop1()
 
     def finish(self, buckets: Sequence[Bucket]) -> None:
         """Waits until the gradients of all these (trainable) buckets are complete sums over the world.
@@ -168,10 +179,10 @@ class TwoHop:
             self._expect_hop2(going_on)
 
             def job() -> Sequence[Transfer]:
-                hop1.wait()
+                hop1.join()
                 return [self._start_hop2(going_on, name)]
 
-            transfer = self._chain.run(job)
+            transfer = self._chain.run(job, hop1.forget)
         if not self._options.fine_grained_sync:
             transfer.wait()
         sent = Sent(name, since, transfer, addends)

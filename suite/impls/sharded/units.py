@@ -101,6 +101,8 @@ class Unit:
     name: str
     module: nn.Module
     buckets: list[Bucket]
+    compiled: bool = False
+    """Whether its forward is one graph."""
 
     @property
     def nbytes(self) -> int:

@@ -15,6 +15,7 @@ from suite.reports.tables import (
     mebibytes,
     number,
     per_run,
+    percent,
     rounded,
     rows_of,
     whole,
@@ -23,12 +24,22 @@ from suite.reports.tables import (
 
 
 def resources_table(cohort: Cohort) -> Table:
-    """Memory and traffic. Traffic is per optimizer step."""
+    """Memory and traffic. Traffic is per optimizer step. Where an accelerator's allocator was asked, what
+    it did, too."""
+    on_accelerator = any("peak_reserved_bytes" in run.details for run in cohort.members)
+
+    def allocator(run: Record) -> tuple[Cell, ...]:
+        return (
+            mebibytes(run.details.get("peak_reserved_bytes")),
+            percent(run.details.get("fragmentation")),
+            number(run.details.get("alloc_retries"), whole),
+        )
 
     def row(label: str, run: Record) -> tuple[Cell, ...]:
         return (
             word(label),
             mebibytes(run.peak_memory_bytes),
+            *(allocator(run) if on_accelerator else ()),
             mebibytes(run.bytes_sent_per_rank),
             mebibytes(run.inter_node_bytes_per_node),
             number(run.partition_size, whole),
@@ -38,6 +49,7 @@ def resources_table(cohort: Cohort) -> Table:
     head = (
         "implementation",
         "peak memory of a rank, MiB",
+        *(("reserved for it, MiB", "fragmented %", "retries") if on_accelerator else ()),
         "sent by a rank per step, MiB",
         "sent between nodes per node and step, MiB",
         "partition size",

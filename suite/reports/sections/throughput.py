@@ -29,6 +29,7 @@ from suite.reports.tables import (
     evidence_cell,
     number,
     per_run,
+    percent,
     range_text,
     ratio_cell,
     rounded,
@@ -42,6 +43,7 @@ def throughput_table(cohort: Cohort) -> Table:
     """The main table: step time with its spread, throughput, and ratios to ddp and to the floor."""
     time, speed = TimeUnit.of(cohort), SpeedUnit.of(cohort)
     recomputing = any(run.hardware_tflops_per_gpu != run.model_tflops_per_gpu for run in cohort.members)
+    has_peak = any(run.mfu is not None for run in cohort.members)
     head = (
         "implementation",
         f"step, median {time.name}",
@@ -51,6 +53,8 @@ def throughput_table(cohort: Cohort) -> Table:
         "samples/s",
         f"model {speed.name} per rank",
         *((f"hardware {speed.name} per rank",) if recomputing else ()),
+        *(("MFU %",) if has_peak else ()),
+        *(("HFU %",) if has_peak and recomputing else ()),
         "step ÷ ddp",
         "step ÷ floor",
         "evidence",
@@ -69,6 +73,8 @@ def throughput_table(cohort: Cohort) -> Table:
             number(run.samples_per_s),
             number(run.model_tflops_per_gpu * speed.per_tflops),
             *((number(run.hardware_tflops_per_gpu * speed.per_tflops),) if recomputing else ()),
+            *((percent(run.mfu),) if has_peak else ()),
+            *((percent(run.hfu),) if has_peak and recomputing else ()),
             ratio_cell(run, cohort.reference) if run is not cohort.floor else Cell(NOTHING),
             ratio_cell(run, cohort.floor),
             evidence_cell(run),
@@ -80,6 +86,7 @@ def throughput_table(cohort: Cohort) -> Table:
 def brief_table(cohort: Cohort) -> Table:
     """The main table, narrow enough for a terminal."""
     time, speed = TimeUnit.of(cohort), SpeedUnit.of(cohort)
+    has_peak = any(run.mfu is not None for run in cohort.members)
 
     def row(label: str, run: Record) -> tuple[Cell, ...]:
         step = run.step_time_s
@@ -90,11 +97,13 @@ def brief_table(cohort: Cohort) -> Table:
             Cell(f"{rounded(middle)} ({spread})", middle),
             number(run.samples_per_s),
             number(run.model_tflops_per_gpu * speed.per_tflops),
+            *((percent(run.mfu),) if has_peak else ()),
             ratio_cell(run, cohort.reference, "≈ {}") if run is not cohort.floor else Cell(NOTHING),
             evidence_cell(run),
         )
 
-    head = ("implementation", f"step {time.name} (range)", "samples/s", speed.name, "÷ ddp", "evidence")
+    mfu = ("MFU %",) if has_peak else ()
+    head = ("implementation", f"step {time.name} (range)", "samples/s", speed.name, *mfu, "÷ ddp", "evidence")
     return Table(f"{cohort.key} {cohort.title}", head, per_run(cohort, row))
 
 

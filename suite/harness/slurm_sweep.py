@@ -1,0 +1,297 @@
+"""A sweep whose cohorts run as tasks of Slurm jobs: written, submitted, followed, collected.
+
+A results folder keeps its jobs in `jobs/<name>/`. A call that finds jobs of an earlier one (its terminal
+was closed, say) collects what they have finished and follows what still runs, before it submits the rest.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from suite.errors import RankError, SuiteError, UsageError
+from suite.harness.launch import require
+from suite.harness.measure import Failure
+from suite.harness.sweep import RECORDS, Clock, Cohort, Outcome, Progress, cells, identity, unfinished
+from suite.harness.task import Result, read_result, read_task, write_task
+from suite.records import AnyRecord, append, read
+from suite.testbeds import slurm
+
+JOBS = "jobs"
+OPEN = "open.json"
+"""In a job folder: job id -> its tasks, as long as they have not been collected."""
+
+GRACE_S = 20.0
+"""How long a result may be late on a shared file system after Slurm says that its task has ended."""
+
+SILENCE_S = 900.0
+"""How long Slurm may fail to answer before following it is given up; the jobs run on even then."""
+
+
+@dataclass
+class Task:
+    """One submitted cohort. `job` is Slurm's id; `ended` when the queue was first seen to know no more of
+    it (monotonic seconds)."""
+
+    file: Path
+    job: str
+    cohort: Cohort
+    ended: float | None = None
+
+    @property
+    def number(self) -> int:
+        return int(self.file.stem)
+
+    @property
+    def log(self) -> Path:
+        return self.file.with_suffix(".log")
+
+
+def run_on_slurm(
+    cohorts: Sequence[Cohort], out: Path, observe: Callable[[Progress], None] = lambda _: None
+) -> Outcome:
+    """As `suite.harness.sweep.run_sweep`, on the nodes of a Slurm cluster. Blocks until all tasks have
+    ended; KeyboardInterrupt cancels them, and what was finished is kept."""
+    _require(cohorts)
+    with _alone_in(out / JOBS):
+        return _run(cohorts, out, observe)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Two that follow the same jobs would collect them twice."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(
+                f"another `suite sweep` follows the jobs in {folder}; wait for it, or name another --out"
+            ) from error
+        yield
+
+
+def _run(cohorts: Sequence[Cohort], out: Path, observe: Callable[[Progress], None]) -> Outcome:
+    records, outcome = out / RECORDS, Outcome()
+
+    def keep(record: AnyRecord) -> None:
+        # A collection may have been interrupted half-way.
+        if identity(record) not in {identity(known) for known in read(records)}:
+            append(records, record)
+            outcome.finished.append(record)
+
+    earlier = []
+    for task in _open_tasks(out):
+        result = read_result(task.file)
+        if result is None:
+            earlier.append(task)
+        else:
+            for record in result.records:
+                keep(record)
+    tasks = _still_queued(earlier)
+    finished = {identity(record) for record in read(records)}
+    underway = {
+        (task.cohort.kind, task.cohort.stage, cell.hash()) for task in tasks for cell in task.cohort.cells
+    }
+    todo = unfinished(cohorts, finished | underway)
+    outcome.skipped = cells(unfinished(cohorts, underway)) - cells(todo) - len(outcome.finished)
+    clock = Clock(cells(todo) + sum(len(task.cohort.cells) for task in tasks), observe)
+    tasks += _submit(todo, out, resumable=True) if todo else []
+    _follow(tasks, outcome, keep, clock)
+    for file in (out / JOBS).glob(f"*/{OPEN}"):
+        file.unlink()
+    return outcome
+
+
+def run_once(cohort: Cohort, out: Path, observe: Callable[[Progress], None]) -> Result:
+    """One cohort, whatever has been measured before; the caller keeps the records. The job's files stay
+    in `out/jobs`."""
+    _require([cohort])
+    outcome = Outcome()
+    (task,) = _submit([cohort], out, resumable=False)
+    _follow([task], outcome, outcome.finished.append, Clock(len(cohort.cells), observe))
+    return read_result(task.file) or Result(failures=outcome.failures)
+
+
+def _require(cohorts: Sequence[Cohort]) -> None:
+    """Raises UsageError for what would only fail in the job, and when there is no Slurm."""
+    for cohort in cohorts:
+        for cell in cohort.cells:
+            require(cell)
+    reason = slurm.why_not()
+    if reason is not None:
+        raise UsageError(f"testbed=slurm cannot submit jobs here: {reason}")
+
+
+def scripts(cohorts: Sequence[Cohort], out: Path) -> list[str]:
+    """What would be submitted for these cohorts."""
+    folder = (out / JOBS / "NAME").resolve()
+    return [array.script() for array, _ in _arrays(cohorts, folder)]
+
+
+def _arrays(cohorts: Sequence[Cohort], folder: Path) -> Iterator[tuple[slurm.JobArray, list[Cohort]]]:
+    """A job array's tasks all take equally many nodes: one array per shape, in order of size."""
+
+    def shape(cohort: Cohort) -> tuple[int, int]:
+        cell = cohort.cells[0]
+        return cell.world_size // cell.ranks_per_node, cell.ranks_per_node
+
+    first = 1
+    for (nodes, ranks_per_node), group in groupby(sorted(cohorts, key=shape), key=shape):
+        members = list(group)
+        testbed = members[0].cells[0].testbed
+        last = first + len(members) - 1
+        yield (
+            slurm.JobArray(
+                folder,
+                first,
+                last,
+                nodes,
+                ranks_per_node,
+                None if testbed.max_nodes is None else testbed.max_nodes // nodes,
+                testbed.partition,
+                testbed.time_limit,
+                testbed.sbatch,
+            ),
+            members,
+        )
+        first = last + 1
+
+
+def _submit(cohorts: Sequence[Cohort], out: Path, resumable: bool) -> list[Task]:
+    """Writes tasks and scripts and submits the arrays; with `testbed.max_nodes` one after the other, for
+    the limit holds for all of them together."""
+    folder = _new_folder(out)
+    tasks: list[Task] = []
+    jobs: dict[str, list[int]] = {}
+    try:
+        for array, members in _arrays(cohorts, folder):
+            numbers = list(range(array.first, array.last + 1))
+            files = [folder / f"{number}.json" for number in numbers]
+            for file, cohort in zip(files, members, strict=True):
+                write_task(file, cohort)
+            script = folder / f"job-{array.first}.sh"
+            script.write_text(array.script())
+            before = list(jobs)[-1] if jobs and array.at_once is not None else None
+            job = slurm.submit(script, after=before)
+            jobs[job] = numbers
+            tasks += [Task(file, job, cohort) for file, cohort in zip(files, members, strict=True)]
+    except BaseException:
+        slurm.cancel(jobs)
+        shutil.rmtree(folder)
+        raise
+    if resumable:
+        (folder / OPEN).write_text(json.dumps(jobs))
+    return tasks
+
+
+def _new_folder(out: Path) -> Path:
+    name = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{number}" for number in range(2, 100))):
+        folder = (out / JOBS / f"{name}{suffix}").resolve()
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise SuiteError(f"cannot make a new folder in {out / JOBS}")
+
+
+def _open_tasks(out: Path) -> Iterator[Task]:
+    for file in sorted((out / JOBS).glob(f"*/{OPEN}")):
+        for job, numbers in json.loads(file.read_text()).items():
+            for number in numbers:
+                task = (file.parent / f"{number}.json").resolve()
+                yield Task(task, job, read_task(task))
+
+
+def _still_queued(tasks: Sequence[Task]) -> list[Task]:
+    if not tasks:
+        return []
+    known = slurm.states({task.job for task in tasks})
+    return [task for task in tasks if (s := known.get((task.job, task.number))) is not None and not s.ended]
+
+
+def _follow(tasks: list[Task], outcome: Outcome, keep: Callable[[AnyRecord], None], clock: Clock) -> None:
+    started = heard = time.monotonic()
+    try:
+        while tasks:
+            try:
+                known = slurm.states({task.job for task in tasks})
+            except SuiteError as error:  # a controller that is restarted, say; the jobs run on
+                if time.monotonic() > heard + SILENCE_S:
+                    raise
+                clock.say(str(error))
+                time.sleep(10.0)
+                continue
+            heard = time.monotonic()
+            tasks = [task for task in tasks if not _settled(task, known, outcome, keep, clock)]
+            clock.say(_summary(tasks, known))
+            if tasks:
+                time.sleep(min(10.0, 1.0 + (time.monotonic() - started) / 60))
+    except KeyboardInterrupt:
+        slurm.cancel({task.job for task in tasks})
+        for task in tasks:
+            for record in (read_result(task.file) or Result()).records:
+                keep(record)
+        raise
+
+
+def _settled(
+    task: Task,
+    known: dict[tuple[str, int], slurm.State],
+    outcome: Outcome,
+    keep: Callable[[AnyRecord], None],
+    clock: Clock,
+) -> bool:
+    """Whether nothing more is to be expected of the task; its result or its failure is in the outcome."""
+    result = read_result(task.file)
+    if result is not None:
+        for record in result.records:
+            keep(record)
+        outcome.failures += result.failures
+    else:
+        state = known.get((task.job, task.number))
+        if state is not None and not state.ended:
+            task.ended = None
+            return False
+        task.ended = task.ended or time.monotonic()
+        if time.monotonic() < task.ended + GRACE_S and not (state and state.name == "CANCELLED"):
+            return False
+        error = _lost(task, state)
+        outcome.failures += [Failure(cell, error) for cell in task.cohort.cells]
+    clock.finished(len(task.cohort.cells), task.cohort.title())
+    return True
+
+
+def _lost(task: Task, state: slurm.State | None) -> RankError:
+    """The task ended without a result: its last words."""
+    lines = task.log.read_text(errors="replace").splitlines() if task.log.exists() else []
+    said = [line for line in lines if line.startswith("suite: ")] or [line for line in lines if line.strip()]
+    last = said[-1].removeprefix("suite: ") if said else "it printed nothing"
+    how = state.name if state is not None else "unknown to Slurm by now"
+    return RankError(
+        f"job {task.job}_{task.number} ended without a result ({how}): {last}; see {task.log}",
+        details="\n".join(lines[-30:]),
+    )
+
+
+def _summary(tasks: Iterable[Task], known: dict[tuple[str, int], slurm.State]) -> str:
+    """`2 running, 1 pending (Resources)`."""
+    states = [known.get((task.job, task.number)) for task in tasks]
+    counts = Counter(
+        "ending"
+        if state is None
+        else state.name.lower() + (f" ({state.reason})" if state.name == "PENDING" else "")
+        for state in states
+    )
+    return "Slurm: " + (", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "done")

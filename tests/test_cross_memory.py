@@ -1,0 +1,140 @@
+"""What reading each other's memory adds to the rules that all collectives keep (test_collectives.py)."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from suite.errors import RankError
+from suite.impls.sharded import cross_memory
+from suite.impls.sharded.collectives import Collectives
+from suite.impls.sharded.cross_memory import CrossMemoryCollectives
+from suite.impls.sharded.groups import make_groups
+from suite.impls.sharded.options import EngineOptions
+from suite.impls.sharded.peer_memory import CALLS_IN_FLIGHT
+from suite.impls.sharded.topology import PartitionTopology
+from suite.testbeds.local import LocalTestbed
+from suite.testbeds.ranks import LocalRanks
+from suite.testbeds.testbed import RankContext
+
+SIZE = 4
+NUMEL = 50_000
+
+
+class Program:
+    def __init__(self, context: RankContext) -> None:
+        self._rank = context.rank
+        self._collectives = CrossMemoryCollectives(dist.group.WORLD, context.rank, SIZE)
+
+    def forget_the_source(self) -> bool:
+        """Ranks come to read one after the other, long after the first has dropped its source."""
+        full = torch.empty(SIZE * NUMEL)
+        handle = self._collectives.all_gather([full], [torch.full((NUMEL,), float(self._rank))])
+        time.sleep(0.1 * self._rank)
+        handle.wait()
+        garbage = [torch.full((NUMEL,), torch.nan) for _ in range(20)]
+        self._collectives.quiesce()
+        del garbage
+        return torch.equal(full, torch.arange(SIZE).float().repeat_interleave(NUMEL))
+
+    def overwrite_after_quiesce(self) -> bool:
+        full, source = torch.empty(SIZE * NUMEL), torch.full((NUMEL,), float(self._rank))
+        handle = self._collectives.all_gather([full], [source])
+        if self._rank != 0:
+            time.sleep(0.2)
+        handle.wait()
+        self._collectives.quiesce()
+        source.fill_(torch.nan)
+        return torch.equal(full, torch.arange(SIZE).float().repeat_interleave(NUMEL))
+
+    def post_many(self) -> bool:
+        """More calls than may be in flight, the last one waited for first."""
+        fulls = [torch.empty(SIZE) for _ in range(3 * CALLS_IN_FLIGHT)]
+        handles = [
+            self._collectives.all_gather([full], [torch.tensor([float(number * self._rank)])])
+            for number, full in enumerate(fulls)
+        ]
+        for handle in reversed(handles):
+            handle.wait()
+        return all(torch.equal(full, torch.arange(SIZE) * float(n)) for n, full in enumerate(fulls))
+
+    def bytes_read(self) -> dict[int, int]:
+        before = self._collectives.read_from
+        self._collectives.all_gather([torch.empty(SIZE * NUMEL)], [torch.zeros(NUMEL)]).wait()
+        return {peer: count - before[peer] for peer, count in self._collectives.read_from.items()}
+
+    def lose_a_peer(self) -> None:
+        if self._rank == 2:
+            os._exit(7)
+        self._collectives.all_gather([torch.empty(SIZE)], [torch.zeros(1)]).wait()
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[LocalRanks]:
+    with LocalTestbed(SIZE, SIZE).launch(Program, 60) as running:
+        yield running
+
+
+def test_a_source_lives_until_the_last_peer_has_read_it(ranks: LocalRanks) -> None:
+    assert all(ranks.call("forget_the_source", timeout_s=30))
+
+
+def test_a_source_may_be_overwritten_after_quiesce(ranks: LocalRanks) -> None:
+    assert all(ranks.call("overwrite_after_quiesce", timeout_s=30))
+
+
+def test_more_calls_than_fit_in_flight_do_not_lock_each_other(ranks: LocalRanks) -> None:
+    assert all(ranks.call("post_many", timeout_s=30))
+
+
+def test_what_is_read_from_each_peer_is_counted(ranks: LocalRanks) -> None:
+    for rank, read in enumerate(ranks.call("bytes_read", timeout_s=30)):
+        assert set(read) == set(range(SIZE)) - {rank}
+        assert all(4 * NUMEL <= nbytes <= 4 * NUMEL + 64 for nbytes in read.values())
+
+
+def test_a_lost_peer_ends_the_wait_for_it() -> None:
+    with pytest.raises(RankError, match="rank 2 exited with 7"):
+        with LocalTestbed(SIZE, SIZE).launch(Program, 60) as running:
+            running.call("lose_a_peer", timeout_s=30)
+
+
+class Chooser:
+    """Which collectives the engine takes for a partition group of the world."""
+
+    def __init__(self, context: RankContext) -> None:
+        self._context = context
+
+    def choice(self, ranks_per_node: int, one_namespace: bool, cross_memory_on: bool) -> str:
+        if not one_namespace:
+            cross_memory.network_namespace = lambda: self._context.rank
+        size = self._context.world_size
+        topology = PartitionTopology(size, ranks_per_node, size, False)
+        options = EngineOptions(cross_memory=cross_memory_on)
+        groups = make_groups(topology, options, torch.device("cpu"))
+        chosen: Collectives = groups.partition
+        groups.close()
+        return type(chosen).__name__
+
+
+@pytest.mark.parametrize(
+    ("ranks_per_node", "one_namespace", "cross_memory_on", "expected"),
+    [
+        (2, True, True, "CrossMemoryCollectives"),
+        (2, True, False, "DirectCollectives"),
+        (1, True, True, "RingCollectives"),
+        (2, False, True, "DirectCollectives"),
+    ],
+    ids=["one host", "switched off", "two nodes", "one node of two hosts"],
+)
+def test_memory_is_read_only_within_a_node_that_is_one_host(
+    ranks_per_node: int, one_namespace: bool, cross_memory_on: bool, expected: str
+) -> None:
+    with LocalTestbed(2, 2).launch(Chooser, 60) as running:
+        chosen = running.call("choice", ranks_per_node, one_namespace, cross_memory_on, timeout_s=30)
+    assert chosen == [expected] * 2
