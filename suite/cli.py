@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +20,9 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from suite.config import Config, load
-from suite.errors import RankError, SuiteError, UsageError
+from suite.errors import SuiteError, UsageError
 from suite.records import AnyRecord, CheckRecord, append, read, to_json
+from suite.secrets import mask
 
 if TYPE_CHECKING:  # importing the harness takes seconds, which a wrong option need not pay
     from suite.harness.doctor import Finding
@@ -34,17 +37,24 @@ stdout = Console()
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 (a check is not ok, a cell failed), 2 (wrong input), 3 (a rank
-    failed), 130 (interrupted)."""
+    failed, something could not be written), 130 (interrupted), 141 (nobody reads the output)."""
     parsed = _parse(arguments)
     try:
-        return _act(parsed)
+        with _ended_in_order():
+            return _act(parsed)
     except SuiteError as error:
-        if isinstance(error, RankError) and error.details:
-            stderr.print(error.details, markup=False, highlight=False)
-        stderr.print(f"suite: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        if error.details:
+            _complain(error.details, style=None)
+        _complain(f"suite: {error}")
         return error.exit_status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at exit
+        return 141
+    except OSError as error:
+        _complain(f"suite: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        return 3
     except KeyboardInterrupt:
-        stderr.print("suite: interrupted; finished results are kept", style="red")
+        _complain("suite: interrupted; finished results are kept")
         return 130
 
 
@@ -63,6 +73,28 @@ def _place(parsed: argparse.Namespace) -> Place:
     from suite.harness.launch import on_seats, testbed_of
 
     return testbed_of if parsed.seats is None else on_seats(parsed.seats)
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """A polite request to end, or a terminal that goes away, is like Ctrl-C: ranks and files go first."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers signals to the main thread only
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _complain(text: str, style: str | None = "red") -> None:
+    stderr.print(mask(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -145,7 +177,7 @@ def _run(parsed: argparse.Namespace) -> int:
     if parsed.dry_run:
         return _print_scripts([_alone("run", config)], _out(config))
     with stderr.status("starting") as status:
-        result = _measured(config, parsed, lambda text: status.update(text))
+        result = _measured(config, parsed, status.update)
     _keep(config, result)
     if parsed.json:
         print(to_json(result))
@@ -157,8 +189,11 @@ def _run(parsed: argparse.Namespace) -> int:
 def _measured(config: Config, parsed: argparse.Namespace, say: Callable[[str], None]) -> AnyRecord:
     if _in_a_job(config, parsed):
         return _from_a_job("run", config, say)
+    from suite.harness.elastic import is_elastic, train_elastically
     from suite.harness.measure import Failure, measure
 
+    if is_elastic(config):
+        return train_elastically(config, say)
     (result,) = measure([config], say, _place(parsed))
     if isinstance(result, Failure):
         raise result.error
@@ -240,7 +275,7 @@ def _task(parsed: argparse.Namespace) -> int:
 
     result = run_task(parsed.file, _place(parsed), observe)
     for failure in result.failures:
-        stderr.print(f"failed: {failure.config.impl.name}: {failure.error}", markup=False, soft_wrap=True)
+        _complain(f"failed: {failure.config.impl.name}: {failure.error}")
     return 1 if result.failures else 0
 
 
@@ -304,7 +339,7 @@ def _sweep(parsed: argparse.Namespace) -> int:
         f"{len(outcome.failures)} failed; results in {parsed.out}"
     )
     for failure in outcome.failures:
-        stderr.print(f"failed: {failure.config.impl.name}: {failure.error}", style="red", markup=False)
+        _complain(f"failed: {failure.config.impl.name}: {failure.error}")
     wrong = [item for item in outcome.finished if isinstance(item, CheckRecord) and not item.ok]
     for item in wrong:
         stderr.print(f"not ok: {item.impl} ({item.workload}, {item.precision})", style="red")
@@ -344,7 +379,7 @@ def _log_to_wandb(folder: Path, config: Config) -> None:
     wandb = config.wandb
     message = log_records(folder, mode=wandb.mode, entity=wandb.entity, project=wandb.project)
     if message:
-        stderr.print(message, markup=False)
+        _complain(message, style=None)
 
 
 def _report(parsed: argparse.Namespace) -> int:

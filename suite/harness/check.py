@@ -65,7 +65,8 @@ class CheckWorker:
         self._config = config
         self._context = context
         self._stream = open_stream(config.workload, config.train.seed)
-        self._trainer = build_trainer(config, context, make_pacer(config, Trace()))
+        trace = Trace(context.whereabouts.tell)
+        self._trainer = build_trainer(config, context, make_pacer(config, trace), trace)
         self._trainer.keep_gradients = True
         self._losses: list[float] = []
         self._grad_norms: list[float] = []

@@ -10,6 +10,7 @@ import datetime
 import fcntl
 import json
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +36,9 @@ GRACE_S = 20.0
 
 SILENCE_S = 900.0
 """How long Slurm may fail to answer before following it is given up; the jobs run on even then."""
+
+Keep = Callable[[Sequence[AnyRecord]], None]
+"""Receives the records of a task that is through."""
 
 
 @dataclass
@@ -83,11 +87,13 @@ def _alone_in(folder: Path) -> Iterator[None]:
 def _run(cohorts: Sequence[Cohort], out: Path, observe: Callable[[Progress], None]) -> Outcome:
     records, outcome = out / RECORDS, Outcome()
 
-    def keep(record: AnyRecord) -> None:
-        # A collection may have been interrupted half-way.
-        if identity(record) not in {identity(known) for known in read(records)}:
-            append(records, record)
-            outcome.finished.append(record)
+    def keep(found: Sequence[AnyRecord]) -> None:
+        # All or none are added, but a collection may have been interrupted before it was noted.
+        known = {identity(record) for record in read(records)}
+        fresh = [record for record in found if identity(record) not in known]
+        if fresh:
+            append(records, *fresh)
+        outcome.finished += fresh
 
     earlier = []
     for task in _open_tasks(out):
@@ -95,8 +101,7 @@ def _run(cohorts: Sequence[Cohort], out: Path, observe: Callable[[Progress], Non
         if result is None:
             earlier.append(task)
         else:
-            for record in result.records:
-                keep(record)
+            keep(result.records)
     tasks = _still_queued(earlier)
     finished = {identity(record) for record in read(records)}
     underway = {
@@ -118,7 +123,7 @@ def run_once(cohort: Cohort, out: Path, observe: Callable[[Progress], None]) -> 
     _require([cohort])
     outcome = Outcome()
     (task,) = _submit([cohort], out, resumable=False)
-    _follow([task], outcome, outcome.finished.append, Clock(len(cohort.cells), observe))
+    _follow([task], outcome, outcome.finished.extend, Clock(len(cohort.cells), observe))
     return read_result(task.file) or Result(failures=outcome.failures)
 
 
@@ -221,7 +226,7 @@ def _still_queued(tasks: Sequence[Task]) -> list[Task]:
     return [task for task in tasks if (s := known.get((task.job, task.number))) is not None and not s.ended]
 
 
-def _follow(tasks: list[Task], outcome: Outcome, keep: Callable[[AnyRecord], None], clock: Clock) -> None:
+def _follow(tasks: list[Task], outcome: Outcome, keep: Keep, clock: Clock) -> None:
     started = heard = time.monotonic()
     try:
         while tasks:
@@ -238,11 +243,11 @@ def _follow(tasks: list[Task], outcome: Outcome, keep: Callable[[AnyRecord], Non
             clock.say(_summary(tasks, known))
             if tasks:
                 time.sleep(min(10.0, 1.0 + (time.monotonic() - started) / 60))
-    except KeyboardInterrupt:
-        slurm.cancel({task.job for task in tasks})
+    except KeyboardInterrupt as stop:
+        if signal.SIGHUP not in stop.args:  # a terminal that goes away is no wish to end the jobs
+            slurm.cancel({task.job for task in tasks})
         for task in tasks:
-            for record in (read_result(task.file) or Result()).records:
-                keep(record)
+            keep((read_result(task.file) or Result()).records)
         raise
 
 
@@ -250,14 +255,13 @@ def _settled(
     task: Task,
     known: dict[tuple[str, int], slurm.State],
     outcome: Outcome,
-    keep: Callable[[AnyRecord], None],
+    keep: Keep,
     clock: Clock,
 ) -> bool:
     """Whether nothing more is to be expected of the task; its result or its failure is in the outcome."""
     result = read_result(task.file)
     if result is not None:
-        for record in result.records:
-            keep(record)
+        keep(result.records)
         outcome.failures += result.failures
     else:
         state = known.get((task.job, task.number))

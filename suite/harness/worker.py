@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from suite.harness import traffic
 from suite.harness.launch import scale_of
 from suite.harness.memory import PeakMemory
 from suite.impls import registry
-from suite.impls.blocks import block_stack
+from suite.impls.blocks import announce_blocks, block_stack
 from suite.impls.trace import Span, Trace
 from suite.impls.trainer import BuildModel, Recipe, Topology, Trainer
 from suite.testbeds.testbed import RankContext
@@ -71,14 +72,16 @@ def make_pacer(config: Config, trace: Trace) -> Pacer | None:
     return None if scale is None else Pacer(scale.block, trace)
 
 
-def build_trainer(config: Config, context: RankContext, pacer: Pacer | None) -> Trainer:
-    """The configured implementation on this rank, training a paced model when there is a pacer."""
+def build_trainer(config: Config, context: RankContext, pacer: Pacer | None, trace: Trace) -> Trainer:
+    """The configured implementation on this rank, training a paced model when there is a pacer; what it
+    does goes into `trace`."""
     build = model_builder(config)
 
-    def build_paced() -> nn.Module:
+    def build_watched() -> nn.Module:
         model = build()
         if pacer is not None:
             pacer.pace(block_stack(model))
+        announce_blocks(model, trace)
         return model
 
     topology = Topology(context.rank, context.world_size, context.ranks_per_node, context.device)
@@ -91,13 +94,15 @@ def build_trainer(config: Config, context: RankContext, pacer: Pacer | None) -> 
             recipe_of(train).dtype,
             train.activation_checkpointing,
         )
-    return registry.build(
+    trainer = registry.build(
         config.impl.name,
-        build_paced,
+        build_watched,
         recipe_of(config.train, activations),
         topology,
         config.impl.options,
     )
+    trainer.record_into(trace)
+    return trainer
 
 
 class Worker:
@@ -108,10 +113,9 @@ class Worker:
         self._context = context
         self._memory = PeakMemory(context.device)
         self._stream = open_stream(config.workload, config.train.seed)
-        self._trace = Trace()
+        self._trace = Trace(context.whereabouts.tell)
         self._pacer = make_pacer(config, self._trace)
-        self._trainer = build_trainer(config, context, self._pacer)
-        self._trainer.record_into(self._trace)
+        self._trainer = build_trainer(config, context, self._pacer, self._trace)
         self._step = 0
 
     def step(self) -> StepMeasurement:
@@ -143,6 +147,14 @@ class Worker:
         self.step()
         self._trace.recording = False
         return self._trace.spans
+
+    def save(self, folder: Path, position: int) -> None:
+        self._trainer.save(folder, position)
+
+    def load(self, folder: Path) -> int:
+        """Goes on from a checkpoint; returns how many steps it has behind it."""
+        self._step = self._trainer.load(folder)
+        return self._step
 
     def reset_peak_memory(self) -> None:
         self._memory.reset()
