@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from suite.errors import UsageError
 from suite.harness.environment import environment
 from suite.impls import registry
+from suite.testbeds import slurm
 from suite.testbeds.network import why_not
 
 
@@ -36,6 +37,7 @@ def examine() -> list[Finding]:
         _tool("ninja", "compiles DeepSpeed's CPU helper", "pip install ninja"),
         _memory_peaks(),
         _emulated_clusters(),
+        _slurm(),
     ]
     return findings + [_implementation(name) for name in registry.IMPLEMENTATIONS]
 
@@ -57,6 +59,11 @@ def _emulated_clusters() -> Finding:
     remedy = f"{reason}. Needs Linux, iproute2, and either root with CAP_SYS_ADMIN or user namespaces"
     purpose = "network namespaces, veth, bridge and tbf for testbed=emulated"
     return Finding("emulated clusters", reason is None, purpose, remedy if reason else "")
+
+
+def _slurm() -> Finding:
+    reason = slurm.why_not()
+    return Finding("Slurm", reason is None, "submits jobs for testbed=slurm", reason or "")
 
 
 def _implementation(name: str) -> Finding:
