@@ -19,7 +19,7 @@ from suite.cli import main
 from suite.config import CONFIGS, load
 from suite.errors import UsageError
 from suite.harness import slurm_sweep
-from suite.harness.slurm_sweep import scripts
+from suite.harness.slurm_jobs import scripts
 from suite.harness.sweep import Cohort, read_sweep
 from suite.harness.task import read_task, write_task
 from suite.records import Record, read

@@ -15,7 +15,8 @@ from suite.harness.doctor import Finding
 from suite.harness.elastic import is_elastic, train_elastically
 from suite.harness.launch import Place, on_seats, testbed_of
 from suite.harness.measure import Failure, Say, measure
-from suite.harness.slurm_sweep import run_on_slurm, run_once, scripts
+from suite.harness.slurm_jobs import scripts
+from suite.harness.slurm_sweep import run_on_slurm, run_once
 from suite.harness.sweep import Cohort, Outcome, Progress, run_sweep
 from suite.harness.task import Result, examine_task, read_task, run_task
 from suite.records import AnyRecord, CheckRecord, ProjectionRecord
