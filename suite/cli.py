@@ -25,9 +25,7 @@ from suite.records import AnyRecord, CheckRecord, append, read, to_json
 from suite.secrets import mask
 
 if TYPE_CHECKING:  # importing the harness takes seconds, which a wrong option need not pay
-    from suite.harness.doctor import Finding
-    from suite.harness.launch import Place
-    from suite.harness.sweep import Cohort, Progress
+    from suite.harness.sweep import Progress
 
 OUT = Path("results")
 
@@ -58,12 +56,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _act(parsed: argparse.Namespace) -> int:
+    """Under torchrun its rank 0 does what is asked, and the other processes hold seats for it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # importing torch takes seconds
+        parsed.seats = None
+        return parsed.action(parsed)
+    from suite.testbeds.torchrun import join
+
+    with join() as parsed.seats:
+        return 0 if parsed.seats is None else parsed.action(parsed)
+
+
 @contextmanager
 def _ended_in_order() -> Iterator[None]:
     """A polite request to end, or a terminal that goes away, is like Ctrl-C: ranks and files go first."""
 
     def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread only
@@ -78,23 +87,6 @@ def _ended_in_order() -> Iterator[None]:
 
 def _complain(text: str, style: str | None = "red") -> None:
     stderr.print(mask(text), style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def _act(parsed: argparse.Namespace) -> int:
-    """Under torchrun its rank 0 does what is asked, and the other processes hold seats for it."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # importing torch takes seconds
-        parsed.seats = None
-        return parsed.action(parsed)
-    from suite.testbeds.torchrun import join
-
-    with join() as parsed.seats:
-        return 0 if parsed.seats is None else parsed.action(parsed)
-
-
-def _place(parsed: argparse.Namespace) -> Place:
-    from suite.harness.launch import on_seats, testbed_of
-
-    return testbed_of if parsed.seats is None else on_seats(parsed.seats)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -175,114 +167,56 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from suite.harness.elastic import is_elastic, train_elastically
-    from suite.reports.terminal import terminal_table
+    from suite.harness.commands import Commands
 
     config = load(parsed.options)
     if parsed.dry_run:
-        return _print_scripts([_alone("run", config)], _out(config))
+        return _print_scripts("run", config)
     with stderr.status("starting") as status:
-        if is_elastic(config):
-            result: AnyRecord = train_elastically(config, status.update, _place(parsed))
-        else:
-            result = _measured(config, parsed, status.update)
-    _keep(config, result)
-    if parsed.json:
-        print(to_json(result), flush=True)
-    else:
-        stdout.print(terminal_table([result]))
-    _log_result(config)
+        result = Commands(parsed.seats).run(config, status.update)
+    _show(config, result, parsed.json)
     return 0
 
 
-def _measured(config: Config, parsed: argparse.Namespace, say: Callable[[str], None]) -> AnyRecord:
-    if _in_a_job(config, parsed):
-        return _from_a_job("run", config, say)
-    from suite.harness.measure import Failure, measure
-
-    (result,) = measure([config], say, _place(parsed))
-    if isinstance(result, Failure):
-        raise result.error
-    return result
-
-
 def _check(parsed: argparse.Namespace) -> int:
-    from suite.reports.terminal import terminal_table
+    from suite.harness.commands import Commands
 
     config = load(parsed.options)
     if parsed.dry_run:
-        return _print_scripts([_alone("check", config)], _out(config))
+        return _print_scripts("check", config)
     with stderr.status(f"checking {config.impl.name} against plain torch") as status:
-        result = _checked(config, parsed, lambda text: status.update(text))
-    _keep(config, result)
-    if parsed.json:
-        print(to_json(result), flush=True)
-    else:
-        stdout.print(terminal_table([result]))
-    _log_result(config)
+        result = Commands(parsed.seats).check(config, status.update)
+    _show(config, result, parsed.json)
     return 0 if result.ok else 1
 
 
-def _checked(config: Config, parsed: argparse.Namespace, say: Callable[[str], None]) -> CheckRecord:
-    if _in_a_job(config, parsed):
-        result = _from_a_job("check", config, say)
-        assert isinstance(result, CheckRecord)
-        return result
-    from suite.harness.check import References, check
+def _show(config: Config, record: AnyRecord, as_json: bool) -> None:
+    from suite.reports.terminal import terminal_table
 
-    shared = _out(config) if parsed.seats is not None else None
-    with References(shared) as references:
-        return check(config, references, _place(parsed))
-
-
-def _in_a_job(config: Config, parsed: argparse.Namespace) -> bool:
-    return config.testbed.name == "slurm" and parsed.seats is None
+    _keep(config, record)
+    if as_json:
+        print(to_json(record), flush=True)
+    else:
+        stdout.print(terminal_table([record]))
+    _log_result(config)
 
 
-def _out(config: Config) -> Path:
-    return Path(config.out) if config.out is not None else OUT
+def _print_scripts(kind: str, config: Config) -> int:
+    from suite.harness.commands import alone, out_of, scripts_of
 
-
-def _alone(kind: str, config: Config) -> Cohort:
-    from suite.harness.sweep import Cohort
-
-    return Cohort("", kind, [config])
-
-
-def _from_a_job(kind: str, config: Config, say: Callable[[str], None]) -> AnyRecord:
-    from suite.harness.slurm_sweep import run_once
-
-    result = run_once(_alone(kind, config), _out(config), lambda progress: say(progress.doing))
-    if result.failures:
-        raise result.failures[0].error
-    return result.records[0]
-
-
-def _print_scripts(cohorts: Sequence[Cohort], out: Path) -> int:
-    from suite.harness.slurm_sweep import scripts
-
-    jobs = [cohort for cohort in cohorts if cohort.cells[0].testbed.name == "slurm"]
-    if not jobs:
-        raise UsageError("--dry-run prints the script of a Slurm job; give testbed=slurm")
-    for script in scripts(jobs, out):
-        print(script)
+    print(*scripts_of([alone(kind, config)], out_of(config)), sep="\n")
     return 0
 
 
 def _task(parsed: argparse.Namespace) -> int:
-    from suite.harness.task import examine_task, read_task, run_task
-
-    cohort = read_task(parsed.file)
-    if cohort.kind == "doctor":
-        examine_task(parsed.file, _examine_cluster(cohort.cells[0], parsed))
-        return 0
+    from suite.harness.commands import Commands
 
     def observe(progress: Progress) -> None:
         print(progress.doing, file=sys.stderr, flush=True)
 
-    result = run_task(parsed.file, _place(parsed), observe)
+    result = Commands(parsed.seats).task(parsed.file, observe)
     for failure in result.failures:
-        stderr.print(f"failed: {failure.config.impl.name}: {failure.error}", markup=False, soft_wrap=True)
+        _complain(f"failed: {failure.config.impl.name}: {failure.error}")
     return 1 if result.failures else 0
 
 
@@ -328,21 +262,18 @@ def _log_result(config: Config) -> None:
 
 
 def _sweep(parsed: argparse.Namespace) -> int:
-    from suite.harness.slurm_sweep import run_on_slurm
-    from suite.harness.sweep import read_sweep, run_sweep
+    from suite.harness.commands import Commands, scripts_of
+    from suite.harness.sweep import read_sweep
     from suite.projection.record import project_record
     from suite.reports.terminal import terminal_table
 
     overrides = _overrides(parsed.options)
     cohorts = read_sweep(parsed.file, overrides)
     if parsed.dry_run:
-        return _print_scripts(cohorts, parsed.out)
-    jobs = [c for c in cohorts if c.kind != "project" and _in_a_job(c.cells[0], parsed)]
-    here = [cohort for cohort in cohorts if cohort not in jobs]
+        print(*scripts_of(cohorts, parsed.out), sep="\n")
+        return 0
     with _progress_bar() as observe:
-        outcome = run_sweep(here, parsed.out, observe, project_record, _place(parsed))
-        if jobs:
-            outcome += run_on_slurm(jobs, parsed.out, observe)
+        outcome = Commands(parsed.seats).sweep(cohorts, parsed.out, observe, project_record)
     stdout.print(terminal_table(read(parsed.out / "records.jsonl")))
     stderr.print(
         f"{len(outcome.finished)} cells run, {outcome.skipped} were finished before, "
@@ -483,42 +414,21 @@ def _timeline(parsed: argparse.Namespace) -> int:
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
+    from suite.harness.commands import Commands
     from suite.harness.doctor import examine
 
     if parsed.options and not parsed.cluster:
         raise UsageError("`suite doctor` takes options with --cluster only")
-    findings = _cluster_findings(parsed) if parsed.cluster else examine()
+    if parsed.cluster:
+        with stderr.status("looking at the nodes") as status:
+            findings = Commands(parsed.seats).examine_cluster(parsed.options, status.update)
+    else:
+        findings = examine()
     table = Table("", "what", "detail", "what to do")
     for finding in findings:
         table.add_row("ok" if finding.ok else "no", finding.what, finding.detail, finding.remedy)
     stdout.print(table)
     return 1 if parsed.cluster and not all(finding.ok for finding in findings) else 0
-
-
-def _cluster_findings(parsed: argparse.Namespace) -> list[Finding]:
-    config = load([*(["testbed=torchrun"] if parsed.seats is not None else []), *parsed.options])
-    if parsed.seats is not None:
-        return _examine_cluster(config, parsed)
-    if config.testbed.name != "slurm":
-        raise UsageError(
-            "`suite doctor --cluster` looks at several nodes; give testbed=slurm testbed.nodes=N, or start "
-            "it on all of them with torchrun ... -m suite.cli doctor --cluster"
-        )
-    from suite.harness.slurm_sweep import run_once
-
-    with stderr.status("submitting") as status:
-        result = run_once(_alone("doctor", config), _out(config), lambda p: status.update(p.doing))
-    if result.failures:
-        raise result.failures[0].error
-    return result.findings
-
-
-def _examine_cluster(config: Config, parsed: argparse.Namespace) -> list[Finding]:
-    from suite.harness.cluster_doctor import examine_cluster
-    from suite.testbeds.torchrun import TorchrunTestbed
-
-    testbed = TorchrunTestbed(parsed.seats, config.cluster.env if config.cluster is not None else {})
-    return examine_cluster(parsed.seats, testbed)
 
 
 if __name__ == "__main__":

@@ -19,23 +19,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from suite.errors import UsageError, unknown
+from suite.secrets import names_a_secret
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SHORT_KEYS = ("impl", "testbed", "workload", "cluster")
 """Keys with a name of their own, which may be given alone: `impl=ddp`."""
 PRECISIONS = ("fp32", "bf16", "fp16")
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-"""Names of environment variables whose values nobody may read."""
 REAL_CLUSTERS = ("torchrun", "slurm")
 """Testbeds on machines that something else than this program has brought together."""
 NOT_MEASURED = (
-    "timeout_s",
-    "startup_timeout_s",
-    "min_ranks",
-    "partition",
-    "time_limit",
-    "max_nodes",
-    "sbatch",
+    *("timeout_s", "startup_timeout_s", "min_ranks"),
+    *("partition", "time_limit", "max_nodes", "sbatch"),
 )
 """Keys of `testbed` that do not change what is measured."""
 
@@ -341,12 +335,10 @@ def _resolve(config: Config) -> Config:
     every, least = train.checkpoint_every, config.testbed.min_ranks
     _require(every is None or every >= 1, "train.checkpoint_every", every, "at least 1")
     _require(least is None or least >= 1, "testbed.min_ranks", least, "at least 1")
-    if every is not None and config.testbed.name == "slurm":
+    if every is not None and config.testbed.name in REAL_CLUSTERS:
         raise UsageError(
-            "train.checkpoint_every has no meaning for testbed=slurm; use testbed=torchrun in a job"
+            f"train.checkpoint_every has no meaning for testbed={config.testbed.name}; leave it out"
         )
-    if least is not None and config.testbed.name in REAL_CLUSTERS:
-        raise UsageError(f"testbed.min_ranks has no meaning for testbed={config.testbed.name}; leave it out")
     if least is not None and every is None:
         raise UsageError(
             f"testbed.min_ranks={least} needs checkpoints to go on from; give train.checkpoint_every"
@@ -416,7 +408,7 @@ def _require_cluster_settings(config: Config) -> None:
         _require(ok, "an option in testbed.sbatch", option, "like --name or --name=value")
     for name in cluster.env if cluster is not None else ():
         _require(re.fullmatch(r"[A-Za-z_]\w*", name) is not None, "cluster.env", name, "a variable's name")
-        if SECRET.search(name):
+        if names_a_secret(name):
             raise UsageError(
                 f"cluster.env.{name} looks like a secret, and configurations are recorded; "
                 "leave it out and export it where the job runs"

@@ -22,5 +22,10 @@ def mask(text: str) -> str:
     return text
 
 
+def names_a_secret(variable: str) -> bool:
+    """Whether an environment variable of that name speaks of keys, tokens or passwords."""
+    return _NAMES.search(variable) is not None
+
+
 def _secrets() -> set[str]:
-    return {value for name, value in os.environ.items() if len(value) >= SHORTEST and _NAMES.search(name)}
+    return {value for name, value in os.environ.items() if len(value) >= SHORTEST and names_a_secret(name)}

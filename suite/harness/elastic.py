@@ -15,7 +15,7 @@ from pathlib import Path
 from suite import typed
 from suite.config import Config
 from suite.errors import RankError, UsageError
-from suite.harness.launch import Place, launch, prepare, testbed_of
+from suite.harness.launch import launch, prepare, testbed_of
 from suite.harness.measure import Say, Team, name_cohort, record_of
 from suite.harness.noise import noise_between, read_cpu
 from suite.harness.worker import Worker
@@ -43,7 +43,7 @@ def is_elastic(config: Config) -> bool:
     return config.train.checkpoint_every is not None
 
 
-def train_elastically(config: Config, say: Say = lambda _: None, place: Place = testbed_of) -> Record:
+def train_elastically(config: Config, say: Say = lambda _: None) -> Record:
     """Runs all steps, saving every `train.checkpoint_every`. When a rank fails, the rest of them are started
     again with the largest number of ranks below that can share out the same global batch, down to
     `testbed.min_ranks`; without that, or when there is none, the error is raised.
@@ -59,7 +59,7 @@ def train_elastically(config: Config, say: Say = lambda _: None, place: Place = 
     with _folder(config) as folder:
         while True:
             try:
-                record = _attempt(now, folder, started_at, say, place)
+                record = _attempt(now, folder, started_at, say)
                 break
             except RankError as error:
                 checkpoint.discard_unfinished(folder)
@@ -107,19 +107,19 @@ def with_fewer_ranks(config: Config) -> Config | None:
     return None
 
 
-def _attempt(config: Config, folder: Path, started_at: str, say: Say, place: Place) -> Record:
+def _attempt(config: Config, folder: Path, started_at: str, say: Say) -> Record:
     """From the last whole checkpoint to the end."""
     train, timeout_s = config.train, config.testbed.timeout_s
     assert train.checkpoint_every is not None
     last = train.warmup + train.steps
     say(f"starting {config.impl.name} on {config.world_size} ranks")
-    prepare(config, place)
+    prepare(config)
     for damaged in checkpoint.discard_damaged(folder):
         say(f"checkpoint {damaged.name} is damaged; the one before it serves")
     newest = checkpoint.latest(folder)
     _cut_unfinished_line(folder / CURVE)
-    with launch(config, Worker, place) as ranks:
-        team = Team(config, place(config), ranks)
+    with launch(config, Worker) as ranks:
+        team = Team(config, testbed_of(config), ranks)
         first = 0 if newest is None else ranks.call("load", newest, timeout_s=timeout_s)[0]
         # The first step after a start is always a warm-up, unless it is the only one.
         timed_from = min(max(train.warmup, first + 1 if first else 0), last - 1)

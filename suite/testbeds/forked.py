@@ -28,7 +28,8 @@ import torch
 import torch.distributed as dist
 
 from suite.testbeds.devices import bound, stay_off_devices
-from suite.testbeds.ranks import ChildProcess, LocalRanks, Raised, Rank
+from suite.testbeds.process import ChildProcess
+from suite.testbeds.ranks import LocalRanks, Raised, Rank
 from suite.testbeds.testbed import Program, RankContext
 from suite.testbeds.whereabouts import Whereabouts
 
@@ -97,7 +98,7 @@ def _fork(program: Program, site: Site) -> list[Rank]:
 def fork_rank(number: int, program: Program, site: Site, channel: Connection) -> ChildProcess:
     """One rank that answers on `channel` (closed here)."""
     # A file without a name: nothing has to be removed, whatever ends this process.
-    log = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as what is returned)
+    log = tempfile.TemporaryFile()  # noqa: SIM115 (ChildProcess closes it)
     whereabouts = Whereabouts()
     process = _FORK.Process(
         target=_child,

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import IO, Any, Protocol
+from typing import Any
 
 from suite.errors import RankError
-from suite.testbeds.whereabouts import Sighting, Whereabouts
+from suite.testbeds.process import KILL_GRACE_S, Process
 
-KILL_GRACE_S = 5.0
 FAILURE_GRACE_S = 0.5
-LOOK_S = 5.0
-"""How often, at most, silent ranks are looked at for progress."""
-STACK_S = 0.3
-"""How long a rank is given to print its stacks."""
+LOOK_S = 1.0
+"""How often silent ranks are looked at for progress."""
+STACKS_S = 0.3
+"""How long ranks are given to print their stacks."""
 
 
 @dataclass(frozen=True)
@@ -28,89 +25,6 @@ class Raised:
 
     message: str
     traceback: str
-
-
-class Process(Protocol):
-    """A rank's process, as its parent sees it; on another machine its parent is asked."""
-
-    @property
-    def pid(self) -> int: ...
-
-    def sighting(self) -> Sighting:
-        """What it told last, also after its end."""
-        ...
-
-    def ended(self) -> str:
-        """How it came to its end; called when its channel is closed."""
-        ...
-
-    def join(self, timeout_s: float) -> None:
-        """Waits until it is gone, so long at most."""
-        ...
-
-    def kill(self) -> None:
-        """Ends it and all that it has started, without waiting for it."""
-        ...
-
-    def ask_stack(self) -> None:
-        """Asks it for its stack, without waiting for it."""
-        ...
-
-    def stack(self) -> str:
-        """Where it was when it was asked; empty when it is stopped and cannot say."""
-        ...
-
-    def output(self) -> str:
-        """The end of what it printed."""
-        ...
-
-
-class ChildProcess:
-    """A rank forked from this process; `log` is the file that both have open."""
-
-    def __init__(self, process: Any, log: IO[bytes], whereabouts: Whereabouts) -> None:
-        self._process = process
-        self._log = log
-        self._whereabouts = whereabouts
-        self._asked_at = (0.0, 0)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def sighting(self) -> Sighting:
-        return self._whereabouts.read()
-
-    def ended(self) -> str:
-        self._process.join(KILL_GRACE_S)
-        code = self._process.exitcode
-        return f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"exited with {code}"
-
-    def join(self, timeout_s: float) -> None:
-        self._process.join(timeout_s)
-
-    def kill(self) -> None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
-
-    def ask_stack(self) -> None:
-        self._asked_at = (time.monotonic(), os.fstat(self._log.fileno()).st_size)
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGUSR1)
-
-    def stack(self) -> str:
-        """It prints its stacks into its log."""
-        asked_at, size = self._asked_at
-        time.sleep(max(0.0, asked_at + STACK_S - time.monotonic()))
-        return self._printed(size)
-
-    def output(self, lines: int = 15) -> str:
-        return "\n".join(self._printed(0).splitlines()[-lines:])
-
-    def _printed(self, since: int) -> str:
-        # Not by seeking: the rank writes at the position that both share.
-        size = os.fstat(self._log.fileno()).st_size
-        return os.pread(self._log.fileno(), size - since, since).decode(errors="replace").strip()
 
 
 @dataclass(frozen=True)
@@ -151,12 +65,13 @@ class LocalRanks:
         deadline = time.monotonic() + timeout_s
         seen: dict[int, int] = {}
         while silent:
-            left = deadline - time.monotonic()
-            ready = wait(list(silent), timeout=max(0.0, min(LOOK_S, timeout_s / 5, left)))
-            if not ready and not failures and (now := _counts(silent.values())) != seen:
-                seen, deadline = now, time.monotonic() + timeout_s
-            elif not ready and time.monotonic() >= deadline:
-                break
+            ready = wait(list(silent), timeout=max(0.0, min(LOOK_S, deadline - time.monotonic())))
+            if not ready:
+                now = self._progress(list(silent.values()))
+                if not failures and now != seen:
+                    seen, deadline = now, time.monotonic() + timeout_s
+                elif time.monotonic() >= deadline:
+                    break
             for channel in ready:
                 rank = silent.pop(channel)  # type: ignore[call-overload]
                 answer = self._receive(rank, doing)
@@ -176,6 +91,14 @@ class LocalRanks:
             raise error
         return [answers[rank.number] for rank in self._ranks]
 
+    def _ask(self, ranks: Sequence[Rank], method: str) -> list[Any]:
+        """That method of the processes of some ranks; many are asked at once where asking takes time."""
+        return [getattr(rank.process, method)() for rank in ranks]
+
+    def _progress(self, ranks: Sequence[Rank]) -> dict[int, int]:
+        sightings = self._ask(ranks, "sighting")
+        return {rank.number: sighting.count for rank, sighting in zip(ranks, sightings, strict=True)}
+
     def _receive(self, rank: Rank, doing: str) -> Any:
         try:
             answer = rank.channel.recv()
@@ -192,9 +115,7 @@ class LocalRanks:
 
     def _hung(self, silent: list[Rank], doing: str, timeout_s: float) -> RankError:
         """Names the ranks that are not waiting in a collective: they are what the others wait for."""
-        for rank in silent:
-            rank.process.ask_stack()
-        stacks = {rank.number: rank.process.stack() for rank in silent}
+        stacks = self._stacks(silent)
         rank = next((rank for rank in silent if not _waits(rank, stacks[rank.number])), silent[0])
         others = ", ".join(str(other.number) for other in silent if other is not rank)
         return RankError(
@@ -203,6 +124,12 @@ class LocalRanks:
             rank.number,
             "\n".join(f"--- rank {item.number}{item.where()}\n{stacks[item.number]}" for item in silent),
         )
+
+    def _stacks(self, ranks: Sequence[Rank]) -> dict[int, str]:
+        """Where each of them is right now."""
+        self._ask(ranks, "ask_for_stack")
+        time.sleep(STACKS_S)
+        return dict(zip((rank.number for rank in ranks), self._ask(ranks, "stack"), strict=True))
 
     def end(self) -> None:
         """Ends every rank and what it started, and waits until they are gone."""
@@ -224,10 +151,7 @@ class LocalRanks:
         for rank in self._ranks:
             rank.process.join(KILL_GRACE_S)
             rank.channel.close()
-
-
-def _counts(ranks: Iterable[Rank]) -> dict[int, int]:
-    return {rank.number: rank.process.sighting().count for rank in ranks}
+            rank.process.close()
 
 
 def _waits(rank: Rank, stack: str) -> bool:

@@ -20,7 +20,7 @@ import torch
 
 from suite.testbeds.door import Address, knock
 from suite.testbeds.forked import Site, fork_rank, raised
-from suite.testbeds.ranks import KILL_GRACE_S, ChildProcess
+from suite.testbeds.process import KILL_GRACE_S, ChildProcess
 from suite.testbeds.testbed import Program
 
 _SIOCGIFADDR = 0x8915
@@ -114,7 +114,7 @@ class Seat:
         return rank.pid
 
     def of(self, team: str, method: str, *arguments: Any) -> Any:
-        """What `suite.testbeds.ranks.Process` offers, asked of that team's rank."""
+        """What `suite.testbeds.process.Process` offers, asked of that team's rank."""
         return getattr(self._ranks[team], method)(*arguments)
 
     def discard(self, team: str) -> None:
@@ -123,6 +123,7 @@ class Seat:
         if rank is not None:
             rank.kill()
             rank.join(KILL_GRACE_S)
+            rank.close()
 
     def _device(self, rank: int) -> tuple[torch.device, str]:
         """Called in the rank."""
