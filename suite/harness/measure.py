@@ -13,7 +13,7 @@ from suite.config import Config
 from suite.errors import SuiteError
 from suite.harness import traffic
 from suite.harness.environment import environment
-from suite.harness.launch import Place, launch, prepare, scale_of, testbed_of
+from suite.harness.launch import Place, launch, prepare, scale_of, step_timeout_s, testbed_of
 from suite.harness.noise import Noise, noise_between, read_cpu
 from suite.harness.worker import Device, Resources, StepMeasurement, Worker
 from suite.records import Record, Spread
@@ -55,7 +55,8 @@ class Team:
     notes: list[str] = field(default_factory=list)
 
     def step(self) -> None:
-        self.steps.append(self.ranks.call("step", timeout_s=self.config.testbed.timeout_s))
+        timeout_s = step_timeout_s(self.config, len(self.steps))
+        self.steps.append(self.ranks.call("step", timeout_s=timeout_s))
 
     def resources(self) -> list[Resources]:
         return self.ranks.call("resources", timeout_s=self.config.testbed.timeout_s)

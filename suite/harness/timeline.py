@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from suite.config import Config
-from suite.harness.launch import launch, prepare, scale_of
+from suite.harness.launch import launch, prepare, scale_of, step_timeout_s
 from suite.harness.worker import Worker
 from suite.impls.trace import Kind, Span
 
@@ -33,9 +33,9 @@ def trace_step(config: Config) -> Timeline:
     """
     prepare(config)
     with launch(config, Worker) as ranks:
-        for _ in range(config.train.warmup):
-            ranks.call("step", timeout_s=config.testbed.timeout_s)
-        logged = ranks.call("traced_step", timeout_s=config.testbed.timeout_s)
+        for step in range(config.train.warmup):
+            ranks.call("step", timeout_s=step_timeout_s(config, step))
+        logged = ranks.call("traced_step", timeout_s=step_timeout_s(config, config.train.warmup))
     scale = scale_of(config)
     title = f"{config.impl.name}, {config.workload.name}, {config.world_size} ranks"
     return Timeline(
