@@ -84,7 +84,7 @@ class LocalRanks:
                     answers[rank.number] = answer
         if failures:
             self.kill()
-            raise min(failures, key=_is_consequence)
+            raise min(failures, key=_distance)
         if silent:
             error = self._hung(list(silent.values()), doing, timeout_s)
             self.kill()
@@ -160,6 +160,9 @@ def _waits(rank: Rank, stack: str) -> bool:
     return bool(rank.process.sighting().waiting) or "torch/distributed/" in training_thread
 
 
-def _is_consequence(failure: RankError) -> bool:
-    """Whether a rank failed only because its connection to another one broke."""
-    return "onnection" in str(failure) or "roken pipe" in str(failure)
+def _distance(failure: RankError) -> int:
+    """How far from the cause: a rank that died first, then one that raised, and last one that raised only
+    because its connection to another one broke."""
+    if not failure.raised:
+        return 0
+    return 2 if "onnection" in str(failure) or "roken pipe" in str(failure) else 1

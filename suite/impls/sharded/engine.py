@@ -166,7 +166,8 @@ class Engine:
         if not self.skipped:
             if self._clip is not None or scale != 1.0:
                 arena_optimizer.rescale(gradients, norm, self._clip, scale)
-            self._groups.quiesce()
+            with self._trace.span(Kind.WAIT, "all ranks' reading"):
+                self._groups.quiesce()
             self.optimizer.step()
             self.refresh_weights()
         self._two_hop.reset(self._trainable_buckets())
@@ -363,11 +364,12 @@ class Engine:
         self.statistics.peak_gathered_bytes = max(self.statistics.peak_gathered_bytes, self._gathered_bytes)
         calls = [buckets] if self._options.coalesced else [[bucket] for bucket in buckets]
         handles = []
+        names = " and ".join(unit.name for unit in missing)
         for call in calls:
             if call:
-                names = " and ".join(unit.name for unit in missing)
                 self._ledger.enter(TRAINING, "gather", names, sum(bucket.nbytes for bucket in call))
-            handle = self._groups.partition.all_gather([b.full for b in call], [b.compute for b in call])
+            with self._trace.waiting(f"start of gather {names}"):
+                handle = self._groups.partition.all_gather([b.full for b in call], [b.compute for b in call])
             if not self._options.fine_grained_sync:
                 handle.wait()
             handles.append(handle)
