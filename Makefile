@@ -5,17 +5,19 @@ FULL    ?=
 PROFILE ?= $(if $(FULL),full,standard)
 RESULTS ?= results/$(PROFILE)
 REPORT  ?= report
+MINUTES ?= 30
 VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup reproduce-vldb report test test-all bench lint format clean
+.PHONY: help setup reproduce-vldb report test test-all soak bench lint format clean
 
 help:
 	@echo 'make reproduce-vldb           train, check, measure and write report/index.html (PROFILE=quick: minutes; FULL=1: an hour and more)'
 	@echo 'make test                     the quick tests       make test-all   also the slow ones'
+	@echo 'make soak                      half an hour of sweeps while things go wrong (MINUTES=2: shorter)'
 	@echo 'make lint | format | bench    ruff and mypy | ruff format | microbenchmarks'
 
 setup: $(READY)
@@ -55,6 +57,10 @@ test: setup
 
 test-all: setup
 	@$(BIN)/python -m pytest
+
+# Sweeps under random faults; MINUTES=2 for a short form.
+soak: setup
+	@$(BIN)/python tests/soak.py --minutes $(MINUTES)
 
 bench: setup
 	@$(BIN)/python -m pytest tests/bench --benchmark-enable --benchmark-only

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,13 +20,12 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from suite.config import Config, load
-from suite.errors import RankError, SuiteError, UsageError
+from suite.errors import SuiteError, UsageError
 from suite.records import AnyRecord, CheckRecord, append, read, to_json
+from suite.secrets import mask
 
 if TYPE_CHECKING:  # importing the harness takes seconds, which a wrong option need not pay
-    from suite.harness.doctor import Finding
-    from suite.harness.launch import Place
-    from suite.harness.sweep import Cohort, Progress
+    from suite.harness.sweep import Progress
 
 OUT = Path("results")
 
@@ -35,17 +35,24 @@ stdout = Console()
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 (a check is not ok, a cell failed), 2 (wrong input), 3 (a rank
-    failed), 130 (interrupted)."""
+    failed, something could not be written), 130 (interrupted), 141 (nobody reads the output)."""
     parsed = _parse(arguments)
     try:
-        return _act(parsed)
+        with _ended_in_order():
+            return _act(parsed)
     except SuiteError as error:
-        if isinstance(error, RankError) and error.details:
-            stderr.print(error.details, markup=False, highlight=False)
-        stderr.print(f"suite: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        if error.details:
+            _complain(error.details, style=None)
+        _complain(f"suite: {error}")
         return error.exit_status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at exit
+        return 141
+    except OSError as error:
+        _complain(f"suite: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        return 3
     except KeyboardInterrupt:
-        stderr.print("suite: interrupted; finished results are kept", style="red")
+        _complain("suite: interrupted; finished results are kept")
         return 130
 
 
@@ -60,10 +67,26 @@ def _act(parsed: argparse.Namespace) -> int:
         return 0 if parsed.seats is None else parsed.action(parsed)
 
 
-def _place(parsed: argparse.Namespace) -> Place:
-    from suite.harness.launch import on_seats, testbed_of
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """A polite request to end, or a terminal that goes away, is like Ctrl-C: ranks and files go first."""
 
-    return testbed_of if parsed.seats is None else on_seats(parsed.seats)
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers signals to the main thread only
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _complain(text: str, style: str | None = "red") -> None:
+    stderr.print(mask(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -144,112 +167,56 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from suite.reports.terminal import terminal_table
+    from suite.harness.commands import Commands
 
     config = load(parsed.options)
     if parsed.dry_run:
-        return _print_scripts([_alone("run", config)], _out(config))
+        return _print_scripts("run", config)
     with stderr.status("starting") as status:
-        result = _measured(config, parsed, lambda text: status.update(text))
-    _keep(config, result)
-    if parsed.json:
-        print(to_json(result), flush=True)
-    else:
-        stdout.print(terminal_table([result]))
-    _log_result(config)
+        result = Commands(parsed.seats).run(config, status.update)
+    _show(config, result, parsed.json)
     return 0
 
 
-def _measured(config: Config, parsed: argparse.Namespace, say: Callable[[str], None]) -> AnyRecord:
-    if _in_a_job(config, parsed):
-        return _from_a_job("run", config, say)
-    from suite.harness.measure import Failure, measure
-    from suite.harness.sweep import keep_timeline
-
-    keep = partial(keep_timeline, Path(config.out)) if config.out is not None else lambda *_: None
-    (result,) = measure([config], say, _place(parsed), keep)
-    if isinstance(result, Failure):
-        raise result.error
-    return result
-
-
 def _check(parsed: argparse.Namespace) -> int:
-    from suite.reports.terminal import terminal_table
+    from suite.harness.commands import Commands
 
     config = load(parsed.options)
     if parsed.dry_run:
-        return _print_scripts([_alone("check", config)], _out(config))
+        return _print_scripts("check", config)
     with stderr.status(f"checking {config.impl.name} against plain torch") as status:
-        result = _checked(config, parsed, lambda text: status.update(text))
-    _keep(config, result)
-    if parsed.json:
-        print(to_json(result), flush=True)
-    else:
-        stdout.print(terminal_table([result]))
-    _log_result(config)
+        result = Commands(parsed.seats).check(config, status.update)
+    _show(config, result, parsed.json)
     return 0 if result.ok else 1
 
 
-def _checked(config: Config, parsed: argparse.Namespace, say: Callable[[str], None]) -> CheckRecord:
-    if _in_a_job(config, parsed):
-        result = _from_a_job("check", config, say)
-        assert isinstance(result, CheckRecord)
-        return result
-    from suite.harness.check import References, check
+def _show(config: Config, record: AnyRecord, as_json: bool) -> None:
+    from suite.reports.terminal import terminal_table
 
-    shared = _out(config) if parsed.seats is not None else None
-    with References(shared) as references:
-        return check(config, references, _place(parsed))
-
-
-def _in_a_job(config: Config, parsed: argparse.Namespace) -> bool:
-    return config.testbed.name == "slurm" and parsed.seats is None
+    _keep(config, record)
+    if as_json:
+        print(to_json(record), flush=True)
+    else:
+        stdout.print(terminal_table([record]))
+    _log_result(config)
 
 
-def _out(config: Config) -> Path:
-    return Path(config.out) if config.out is not None else OUT
+def _print_scripts(kind: str, config: Config) -> int:
+    from suite.harness.commands import alone, out_of, scripts_of
 
-
-def _alone(kind: str, config: Config) -> Cohort:
-    from suite.harness.sweep import Cohort
-
-    return Cohort("", kind, [config])
-
-
-def _from_a_job(kind: str, config: Config, say: Callable[[str], None]) -> AnyRecord:
-    from suite.harness.slurm_sweep import run_once
-
-    result = run_once(_alone(kind, config), _out(config), lambda progress: say(progress.doing))
-    if result.failures:
-        raise result.failures[0].error
-    return result.records[0]
-
-
-def _print_scripts(cohorts: Sequence[Cohort], out: Path) -> int:
-    from suite.harness.slurm_sweep import scripts
-
-    jobs = [cohort for cohort in cohorts if cohort.cells[0].testbed.name == "slurm"]
-    if not jobs:
-        raise UsageError("--dry-run prints the script of a Slurm job; give testbed=slurm")
-    for script in scripts(jobs, out):
-        print(script)
+    print(*scripts_of([alone(kind, config)], out_of(config)), sep="\n")
     return 0
 
 
 def _task(parsed: argparse.Namespace) -> int:
-    from suite.harness.task import examine_task, read_task, run_task
-
-    cohort = read_task(parsed.file)
-    if cohort.kind == "doctor":
-        examine_task(parsed.file, _examine_cluster(cohort.cells[0], parsed))
-        return 0
+    from suite.harness.commands import Commands
 
     def observe(progress: Progress) -> None:
         print(progress.doing, file=sys.stderr, flush=True)
 
-    result = run_task(parsed.file, _place(parsed), observe)
+    result = Commands(parsed.seats).task(parsed.file, observe)
     for failure in result.failures:
-        stderr.print(f"failed: {failure.config.impl.name}: {failure.error}", markup=False, soft_wrap=True)
+        _complain(f"failed: {failure.config.impl.name}: {failure.error}")
     return 1 if result.failures else 0
 
 
@@ -295,28 +262,25 @@ def _log_result(config: Config) -> None:
 
 
 def _sweep(parsed: argparse.Namespace) -> int:
-    from suite.harness.slurm_sweep import run_on_slurm
-    from suite.harness.sweep import read_sweep, run_sweep
+    from suite.harness.commands import Commands, scripts_of
+    from suite.harness.sweep import read_sweep
     from suite.projection.record import project_record
     from suite.reports.terminal import terminal_table
 
     overrides = _overrides(parsed.options)
     cohorts = read_sweep(parsed.file, overrides)
     if parsed.dry_run:
-        return _print_scripts(cohorts, parsed.out)
-    jobs = [c for c in cohorts if c.kind != "project" and _in_a_job(c.cells[0], parsed)]
-    here = [cohort for cohort in cohorts if cohort not in jobs]
+        print(*scripts_of(cohorts, parsed.out), sep="\n")
+        return 0
     with _progress_bar() as observe:
-        outcome = run_sweep(here, parsed.out, observe, project_record, _place(parsed))
-        if jobs:
-            outcome += run_on_slurm(jobs, parsed.out, observe)
+        outcome = Commands(parsed.seats).sweep(cohorts, parsed.out, observe, project_record)
     stdout.print(terminal_table(read(parsed.out / "records.jsonl")))
     stderr.print(
         f"{len(outcome.finished)} cells run, {outcome.skipped} were finished before, "
         f"{len(outcome.failures)} failed; results in {parsed.out}"
     )
     for failure in outcome.failures:
-        stderr.print(f"failed: {failure.config.impl.name}: {failure.error}", style="red", markup=False)
+        _complain(f"failed: {failure.config.impl.name}: {failure.error}")
     wrong = [item for item in outcome.finished if isinstance(item, CheckRecord) and not item.ok]
     for item in wrong:
         stderr.print(f"not ok: {item.impl} ({item.workload}, {item.precision})", style="red")
@@ -357,7 +321,7 @@ def _log_to_wandb(folder: Path, config: Config, compare: bool = False) -> None:
 
     message = log_records(folder, config.wandb, compare)
     if message:
-        stderr.print(message, markup=False)
+        _complain(message, style=None)
 
 
 def _report(parsed: argparse.Namespace) -> int:
@@ -452,42 +416,21 @@ def _timeline(parsed: argparse.Namespace) -> int:
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
+    from suite.harness.commands import Commands
     from suite.harness.doctor import examine
 
     if parsed.options and not parsed.cluster:
         raise UsageError("`suite doctor` takes options with --cluster only")
-    findings = _cluster_findings(parsed) if parsed.cluster else examine()
+    if parsed.cluster:
+        with stderr.status("looking at the nodes") as status:
+            findings = Commands(parsed.seats).examine_cluster(parsed.options, status.update)
+    else:
+        findings = examine()
     table = Table("", "what", "detail", "what to do")
     for finding in findings:
         table.add_row("ok" if finding.ok else "no", finding.what, finding.detail, finding.remedy)
     stdout.print(table)
     return 1 if parsed.cluster and not all(finding.ok for finding in findings) else 0
-
-
-def _cluster_findings(parsed: argparse.Namespace) -> list[Finding]:
-    config = load([*(["testbed=torchrun"] if parsed.seats is not None else []), *parsed.options])
-    if parsed.seats is not None:
-        return _examine_cluster(config, parsed)
-    if config.testbed.name != "slurm":
-        raise UsageError(
-            "`suite doctor --cluster` looks at several nodes; give testbed=slurm testbed.nodes=N, or start "
-            "it on all of them with torchrun ... -m suite.cli doctor --cluster"
-        )
-    from suite.harness.slurm_sweep import run_once
-
-    with stderr.status("submitting") as status:
-        result = run_once(_alone("doctor", config), _out(config), lambda p: status.update(p.doing))
-    if result.failures:
-        raise result.failures[0].error
-    return result.findings
-
-
-def _examine_cluster(config: Config, parsed: argparse.Namespace) -> list[Finding]:
-    from suite.harness.cluster_doctor import examine_cluster
-    from suite.testbeds.torchrun import TorchrunTestbed
-
-    testbed = TorchrunTestbed(parsed.seats, config.cluster.env if config.cluster is not None else {})
-    return examine_cluster(parsed.seats, testbed)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -18,16 +19,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from suite.errors import UsageError, unknown
+from suite.secrets import names_a_secret
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SHORT_KEYS = ("impl", "testbed", "workload", "cluster")
 """Keys with a name of their own, which may be given alone: `impl=ddp`."""
 PRECISIONS = ("fp32", "bf16", "fp16")
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-"""Names of environment variables whose values nobody may read."""
 REAL_CLUSTERS = ("torchrun", "slurm")
 """Testbeds on machines that something else than this program has brought together."""
-NOT_MEASURED = ("timeout_s", "startup_timeout_s", "partition", "time_limit", "max_nodes", "sbatch")
+NOT_MEASURED = (
+    *("timeout_s", "startup_timeout_s", "min_ranks"),
+    *("partition", "time_limit", "max_nodes", "sbatch"),
+)
 """Keys of `testbed` that do not change what is measured."""
 
 
@@ -70,7 +73,9 @@ class WorkloadConfig:
 @dataclass
 class TrainConfig:
     """What every implementation of a comparison shares. `micro_batch` is in samples per rank;
-    `global_batch` (samples per step) may be given instead and is then dealt out to the ranks."""
+    `global_batch` (samples per step) may be given instead and is then dealt out to the ranks.
+    `checkpoint_every` so many steps `suite run` saves the training, to go on from there after a failure
+    (see `testbed.min_ranks`) or an interruption."""
 
     micro_batch: int = 2
     micro_steps: int = 1
@@ -83,6 +88,7 @@ class TrainConfig:
     clip: float | None = None
     activation_checkpointing: bool = False
     seed: int = 0
+    checkpoint_every: int | None = None
 
 
 @dataclass
@@ -93,8 +99,9 @@ class TestbedConfig:
     `dilation` is how many times slower than the real cluster an emulated one runs; None chooses one
     for which this host is fast enough.
 
-    `timeout_s` is how long a rank may stay silent in one step before the run is ended,
-    `startup_timeout_s` the same for building the model and the implementation.
+    `timeout_s` is how long all ranks of a run may stand still (begin no block, finish no collective)
+    before it is ended; `startup_timeout_s` the same for building and compiling the model. With
+    `min_ranks` a training that saves checkpoints goes on with fewer ranks, down to that many, when one fails.
 
     `alone`: the implementations of a cohort are not alive together, each in a part of the memory, but
     started one after the other in several rounds.
@@ -111,8 +118,9 @@ class TestbedConfig:
     nodes: int | None = None
     ranks_per_node: int | None = None
     dilation: float | None = None
-    timeout_s: float = 120.0
+    timeout_s: float = 25.0
     startup_timeout_s: float = 300.0
+    min_ranks: int | None = None
     alone: bool = False
     partition: str | None = None
     time_limit: str | None = None
@@ -196,6 +204,7 @@ class Config:
             del what[key]
         for key in NOT_MEASURED:
             del what["testbed"][key]
+        del what["train"]["checkpoint_every"]
         if not self.testbed.alone:  # results from before this key was there keep their identity
             del what["testbed"]["alone"]
         # On any other testbed the ranks never see the cluster's environment.
@@ -216,10 +225,19 @@ def load(overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
     `workload=NAME` and `cluster=NAME` load that preset. Raises UsageError for an unknown key, preset or
     value.
     """
-    given = _given(overrides)
-    for key in SHORT_KEYS:
-        if given.get(key) is not None and not isinstance(given[key], DictConfig):
-            given[key] = {"name": given[key]}
+    try:
+        given = _given(overrides)
+        _refuse_references(OmegaConf.to_container(given, resolve=False))
+        for key in SHORT_KEYS:
+            if given.get(key) is not None and not isinstance(given[key], DictConfig):
+                given[key] = {"name": given[key]}
+        config = _typed(given)
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise UsageError(f"cannot read the configuration: {_first_line(error)}") from error
+    return _resolve(config)
+
+
+def _typed(given: DictConfig) -> Config:
     merged = OmegaConf.structured(Config)
     merged = _merge(
         merged, _preset("workloads", OmegaConf.select(given, "workload.name", default="bert-tiny"))
@@ -229,7 +247,19 @@ def load(overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
         merged = _merge(merged, _preset("clusters", OmegaConf.select(given, "cluster.name", default="p3dn")))
     config = OmegaConf.to_object(_merge(merged, given))
     assert isinstance(config, Config)
-    return _resolve(config)
+    return config
+
+
+def _refuse_references(value: Any) -> None:
+    """No value may be fetched from elsewhere: an environment variable, for one, may hold a secret."""
+    if isinstance(value, dict):
+        for item in value.values():
+            _refuse_references(item)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_references(item)
+    elif isinstance(value, str) and ("${" in value or value == "???"):
+        raise UsageError(f"{value!r} is not possible as a value; write the value itself")
 
 
 def _preset(kind: str, name: Any) -> Any:
@@ -240,7 +270,10 @@ def _preset(kind: str, name: Any) -> Any:
 
 def _given(overrides: Iterable[str] | Mapping[str, Any]) -> DictConfig:
     if isinstance(overrides, Mapping):
-        result = OmegaConf.create(dict(overrides))
+        try:
+            result = OmegaConf.create(dict(overrides))
+        except Exception as error:  # keys and values that OmegaConf has no types for
+            raise UsageError(f"cannot read the configuration: {_first_line(error)}") from error
     else:
         words = list(overrides)
         for word in words:
@@ -267,7 +300,8 @@ def _merge(base: Any, extra: Any) -> DictConfig:
         key = str(error.full_key)
         raise unknown("key", key, key_names(Config(cluster=ClusterConfig()))) from error
     except OmegaConfBaseException as error:
-        raise UsageError(f"bad value for {error.full_key}: {_first_line(error)}") from error
+        where = error.full_key or "a group of keys"
+        raise UsageError(f"bad value for {where}: {_first_line(error)}") from error
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -283,17 +317,32 @@ def key_names(node: Any, prefix: str = "") -> list[str]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _resolve(config: Config) -> Config:
     """Fills in what follows from the rest and refuses what cannot be run."""
+    _require_finite(config.to_dict())
     _require_cluster_settings(config)
     _resolve_ranks(config.testbed)
     train, model = config.train, config.workload.model
     for key in ("micro_batch", "micro_steps", "steps"):
         _require(getattr(train, key) >= 1, f"train.{key}", getattr(train, key), "at least 1")
     _require(train.warmup >= 0, "train.warmup", train.warmup, "at least 0")
+    for key in ("timeout_s", "startup_timeout_s"):
+        value = getattr(config.testbed, key)
+        _require(value > 0, f"testbed.{key}", value, "above 0")
+    every, least = train.checkpoint_every, config.testbed.min_ranks
+    _require(every is None or every >= 1, "train.checkpoint_every", every, "at least 1")
+    _require(least is None or least >= 1, "testbed.min_ranks", least, "at least 1")
+    if every is not None and config.testbed.name in REAL_CLUSTERS:
+        raise UsageError(
+            f"train.checkpoint_every has no meaning for testbed={config.testbed.name}; leave it out"
+        )
+    if least is not None and every is None:
+        raise UsageError(
+            f"testbed.min_ranks={least} needs checkpoints to go on from; give train.checkpoint_every"
+        )
     _require(train.lr > 0, "train.lr", train.lr, "above 0")
     _require(train.clip is None or train.clip > 0, "train.clip", train.clip, "above 0, or null")
     if train.precision not in PRECISIONS:
@@ -359,7 +408,7 @@ def _require_cluster_settings(config: Config) -> None:
         _require(ok, "an option in testbed.sbatch", option, "like --name or --name=value")
     for name in cluster.env if cluster is not None else ():
         _require(re.fullmatch(r"[A-Za-z_]\w*", name) is not None, "cluster.env", name, "a variable's name")
-        if SECRET.search(name):
+        if names_a_secret(name):
             raise UsageError(
                 f"cluster.env.{name} looks like a secret, and configurations are recorded; "
                 "leave it out and export it where the job runs"
@@ -393,6 +442,16 @@ def _resolve_ranks(testbed: TestbedConfig) -> None:
             f"testbed.ranks={testbed.ranks} is not testbed.nodes={testbed.nodes} x "
             f"testbed.ranks_per_node={testbed.ranks_per_node}; give two of the three"
         )
+
+
+def _require_finite(values: Mapping[str, Any], prefix: str = "") -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _require_finite(value, f"{prefix}{key}.")
+        elif isinstance(value, float):
+            _require(math.isfinite(value), f"{prefix}{key}", value, "finite")
+        elif isinstance(value, int):
+            _require(abs(value) < 2**63, f"{prefix}{key}", value, "a number of 64 bits")
 
 
 def _require(ok: bool, key: str, value: Any, wanted: str) -> None:

@@ -5,14 +5,18 @@ The harness writes them; the reports read them. What could not be measured is No
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
-from suite.errors import UsageError
+from suite import typed
+from suite.errors import OutputError, UsageError
+from suite.secrets import mask
 
 RUN_SCHEMA = "run/1"
 CHECK_SCHEMA = "check/1"
@@ -133,6 +137,9 @@ class CheckRecord:
     stage: str = ""
     schema: str = CHECK_SCHEMA
 
+    NULLABLE_FLOATS: ClassVar[bool] = True
+    """A difference may be infinite."""
+
 
 @dataclass(frozen=True)
 class ProjectionRecord:
@@ -186,69 +193,105 @@ class ProjectionRecord:
 
 
 AnyRecord = Record | CheckRecord | ProjectionRecord
+_KINDS: dict[str, type[AnyRecord]] = {
+    RUN_SCHEMA: Record,
+    CHECK_SCHEMA: CheckRecord,
+    PROJECTION_SCHEMA: ProjectionRecord,
+}
 
 
 def to_json(record: AnyRecord) -> str:
-    """One line of JSON. Non-finite numbers become null: JSON has none."""
-    return json.dumps(_finite(asdict(record)), allow_nan=False)
+    """One line of JSON. Non-finite numbers become null: JSON has none; secrets are masked."""
+    return json.dumps(_clean(asdict(record)), allow_nan=False)
 
 
 def from_json(line: str) -> AnyRecord:
     """Raises UsageError when the line is not a record of a schema that this version knows."""
     try:
-        values = json.loads(line)
-        kinds: dict[str, type[AnyRecord]] = {
-            RUN_SCHEMA: Record,
-            CHECK_SCHEMA: CheckRecord,
-            PROJECTION_SCHEMA: ProjectionRecord,
-        }
-        kind = kinds[values["schema"]]
-        known = {item.name for item in fields(kind)}
-        values = {key: value for key, value in values.items() if key in known}
-        if kind is Record:
-            values["step_time_s"] = Spread(**values["step_time_s"])
-        return kind(**values)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"not a result record ({error}): {line[:80]!r}") from error
+        values = json.loads(line, parse_constant=_no_constant)
+        record = typed.build(_KINDS[values["schema"]], values)
+        _require_names(record)
+        return record
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"there is no {error}" if isinstance(error, KeyError) else error
+        raise UsageError(f"not a result record ({reason}): {line[:80]!r}") from error
 
 
-def append(path: Path, record: AnyRecord) -> None:
-    """Adds one record durably. A line that an earlier crash left unfinished is cut off first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        _cut_unfinished_line(file)
-        file.write(to_json(record).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+def append(path: Path, *records: AnyRecord) -> None:
+    """Adds records durably, all or none. A line that an earlier crash left unfinished is cut off first.
+
+    Raises OutputError, which holds the records' lines, when they cannot be written.
+    """
+    lines = "".join(to_json(record) + "\n" for record in records)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            end = _cut_unfinished_line(file)
+            try:
+                _write_whole(file, lines.encode())
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {path}: {error.strerror}; what is in it is kept. Make room and run again, or "
+            "add the lines above to it by hand",
+            details=lines,
+        ) from error
 
 
 def read(path: Path) -> list[AnyRecord]:
     """All finished records; an unfinished last line (a crash while writing) is left out."""
-    if not path.exists():
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
         return []
-    text = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
     finished = text[: text.rfind(b"\n") + 1]
     records: list[AnyRecord] = []
-    for number, line in enumerate(finished.decode().splitlines(), 1):
+    for number, line in enumerate(finished.splitlines(), 1):
         try:
-            records.append(from_json(line))
+            records.append(from_json(line.decode(errors="replace")))
         except UsageError as error:
-            raise UsageError(f"{path}, line {number}: {error}") from error
+            raise UsageError(f"{path}, line {number}: {error}; remove that line to go on") from error
     return records
 
 
-def _cut_unfinished_line(file: Any) -> None:
+def _require_names(record: AnyRecord) -> None:
+    """Reports name files after these; a file from elsewhere must not choose where they lie."""
+    for key in ("evidence", "impl", "workload", "testbed", "cluster", "precision"):
+        name = getattr(record, key, None)
+        if name is not None and not re.fullmatch(r"\w[\w.+-]*", name):
+            raise ValueError(f"{key} is {name[:40]!r}")
+
+
+def _cut_unfinished_line(file: Any) -> int:
+    """Returns the length that is left."""
     file.seek(0)
-    content = file.read()
-    file.truncate(content.rfind(b"\n") + 1)
-    file.seek(0, os.SEEK_END)
+    end = file.read().rfind(b"\n") + 1
+    file.truncate(end)
+    return int(end)
 
 
-def _finite(value: Any) -> Any:
+def _write_whole(file: Any, content: bytes) -> None:
+    while content:
+        content = content[file.write(content) :]
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, str):
+        return mask(value)
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _clean(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [_clean(item) for item in value]
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     return value

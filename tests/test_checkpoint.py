@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
+import resource
 import signal
 import threading
 from collections.abc import Callable
@@ -92,6 +94,19 @@ class Program:
 
     def draw(self) -> float:
         return torch.rand(()).item()
+
+    def limit_files(self, rank: int, size: int | None) -> None:
+        """From now on no file of that rank may grow beyond `size` bytes: a disk that is full."""
+        if self._rank == rank:
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
+
+    def problem_of_waiting(self) -> str:
+        try:
+            self._saving.wait()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
 
     def save_again_and_again(self, folder: Path) -> None:
         for number in range(1, 1000):
@@ -221,7 +236,40 @@ def other_format(folder: Path) -> None:
     (folder / checkpoint.TRAINING).write_text(json.dumps(content | {"format": 99}))
 
 
-@pytest.mark.parametrize("damage", [truncate, scribble, lose_a_file, damage_json, other_format])
+def flip_a_bit(folder: Path) -> None:
+    file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # of a tensor: nothing but a checksum can tell
+    file.write_bytes(content)
+
+
+def changed(**values: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / checkpoint.TRAINING).read_text())
+        (folder / checkpoint.TRAINING).write_text(json.dumps(content | values))
+
+    damage.__name__ = "changed " + ", ".join(values)
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        scribble,
+        flip_a_bit,
+        lose_a_file,
+        damage_json,
+        other_format,
+        changed(groups=[{"params": []}, {}]),
+        changed(groups=[{"lr": "fast"}, {}]),
+        changed(states={"exp_avg": "yes"}),
+        changed(position="three"),
+        changed(files={"../../elsewhere": [1, 2]}),
+        changed(files={"a": []}),
+    ],
+    ids=lambda damage: damage.__name__,
+)
 def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     model, optimizer, scheduler = make()
     train_plain(model, optimizer, scheduler, 0, 1)
@@ -247,10 +295,28 @@ def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
         checkpoint.save_plain(tmp_path / "a", model, optimizer)
 
 
-def test_nothing_in_a_checkpoint_is_pickled(tmp_path: Path) -> None:
-    model, optimizer, _ = make()
-    checkpoint.save_plain(tmp_path / "a", model, optimizer)
+def test_nothing_in_a_checkpoint_is_pickled_and_nothing_is_unpickled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer, scheduler = make()
+    checkpoint.save_plain(tmp_path / "a", model, optimizer, 1, scheduler)
     assert {path.suffix for path in (tmp_path / "a").iterdir()} == {".safetensors", ".json"}
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (tmp_path / "executed",))  # type: ignore[return-value]
+
+    # Where torch.distributed.checkpoint itself keeps pickles, and what torch.load would take.
+    for name in (".metadata", "__0_0.distcp", "model.pt"):
+        (tmp_path / "a" / name).write_bytes(pickle.dumps(Evil()))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("something is unpickled")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    assert checkpoint.load_plain(tmp_path / "a", model, optimizer, scheduler) == 1
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -271,3 +337,45 @@ def test_a_checkpoint_does_not_carry_the_choice_of_the_optimizer_s_kernel(
     for parts in ((model, optimizer, scheduler), (again, other, its_scheduler)):
         train_plain(*parts, 2, 2)
     assert compare(dict(again.named_parameters()), dict(model.named_parameters())) < 1e-6
+
+
+def test_a_checkpoint_that_lost_the_file_of_one_rank_is_refused_by_all(tmp_path: Path) -> None:
+    """Its tensors' sizes can still be read off the other ranks' files: what is missing must not stay
+    what it was before."""
+    saved_in(tmp_path / "a", 3, 3, EngineOptions(), steps=1)
+    first = min((tmp_path / "a").glob("*.safetensors"))
+    first.unlink()
+    with pytest.raises(
+        RankError, match=f"UsageError: checkpoint .* cannot be loaded: {first.name} is missing"
+    ):
+        with LocalTestbed(3, 3).launch(Program, 60) as ranks:
+            ranks.call("start", 3, EngineOptions(), timeout_s=30)
+            ranks.call("load", tmp_path / "a", timeout_s=30)
+    training = json.loads((tmp_path / "a" / checkpoint.TRAINING).read_text())
+    del training["files"][first.name]  # as if it had never been there
+    (tmp_path / "a" / checkpoint.TRAINING).write_text(json.dumps(training))
+    model, optimizer, scheduler = make()
+    with pytest.raises(UsageError, match=r"it holds [0-9]+ of the [0-9]+ elements wanted of|does not hold"):
+        checkpoint.load_plain(tmp_path / "a", model, optimizer, scheduler)
+
+
+@pytest.mark.parametrize("full", [0, 2], ids=["on the first rank", "on another rank"])
+def test_a_disk_that_is_full_fails_the_save_on_all_ranks_and_leaves_nothing(
+    tmp_path: Path, full: int
+) -> None:
+    with LocalTestbed(3, 3).launch(Program, 60) as ranks:
+        ranks.call("start", 3, EngineOptions(), timeout_s=30)
+        ranks.call("train", 0, 1, timeout_s=30)
+        ranks.call("save", tmp_path / "a", 1, timeout_s=30)
+        ranks.call("wait", timeout_s=30)
+        ranks.call("limit_files", full, 600, timeout_s=30)
+        ranks.call("save", tmp_path / "b", 2, timeout_s=30)
+        for problem in ranks.call("problem_of_waiting", timeout_s=30):
+            assert problem.startswith(f"OutputError: checkpoint {tmp_path / 'b'} cannot be written: ")
+            assert "File too large" in problem and "\n" not in problem
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+        # With room again, the same ranks go on.
+        ranks.call("limit_files", full, None, timeout_s=30)
+        ranks.call("save", tmp_path / "b", 2, timeout_s=30)
+        ranks.call("wait", timeout_s=30)
+    assert checkpoint.latest(tmp_path) == tmp_path / "b"

@@ -19,7 +19,7 @@ from suite.cli import main
 from suite.config import CONFIGS, load
 from suite.errors import UsageError
 from suite.harness import slurm_sweep
-from suite.harness.slurm_sweep import scripts
+from suite.harness.slurm_jobs import scripts
 from suite.harness.sweep import Cohort, read_sweep
 from suite.harness.task import read_task, write_task
 from suite.records import Record, read
@@ -245,6 +245,25 @@ def test_a_sweep_that_lost_a_node_goes_on_with_what_is_missing(
     assert records.read_bytes().startswith(kept)
     found = [(item.impl, item.config["train"]["steps"]) for item in read(records) if isinstance(item, Record)]
     assert sorted(found) == [("ddp", 2), ("ddp", 300), ("floor", 2), ("floor", 300)]
+
+
+@needs_slurm
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_slurm_starts_a_task_again_that_lost_its_node(cluster: slurm_cluster.Cluster, tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(SWEEP.replace("[2, 300]", "[300]"))
+    running = suite("sweep", "sweep.yaml", "--out", "out", cluster=cluster, folder=tmp_path)
+    try:
+        until(lambda: "timing step" in log_of(tmp_path, 1), 60)
+        cluster.lose_node("node2")
+        until(lambda: "PENDING" in cluster.client("squeue", "-h", "-r", "-o", "%T"), 30)
+        cluster.start_node("node2")
+        cluster.wait_for("idle", "idle")
+        status, _, err = finish(running, timeout=300)  # Slurm waits for two minutes
+    finally:
+        running.kill()
+    assert status == 0 and "2 cells run, 0 were finished before, 0 failed" in err, err
+    assert len(read(tmp_path / "out" / "records.jsonl")) == 2
 
 
 def until(condition, timeout_s: float) -> None:

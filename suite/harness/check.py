@@ -15,7 +15,7 @@ from torch import Tensor
 
 from suite.config import Config
 from suite.harness.environment import environment
-from suite.harness.launch import Place, launch, prepare, testbed_of
+from suite.harness.launch import Place, launch, prepare, step_timeout_s, testbed_of
 from suite.harness.worker import build_trainer, make_pacer, model_builder, recipe_of
 from suite.impls.trace import Trace
 from suite.records import CheckRecord
@@ -67,7 +67,8 @@ class CheckWorker:
         self._config = config
         self._context = context
         self._stream = open_stream(config.workload, config.train.seed)
-        self._trainer = build_trainer(config, context, make_pacer(config, Trace()))
+        trace = Trace(context.whereabouts.tell)
+        self._trainer = build_trainer(config, context, make_pacer(config, trace), trace)
         self._trainer.keep_gradients = True
         self._losses: list[float] = []
         self._grad_norms: list[float] = []
@@ -156,8 +157,8 @@ def check(config: Config, references: References | None = None, place: Place = t
         own_error = compare(ReferenceRun.load(plain), ReferenceRun.load(reference)).limits()
         tolerance = {key: max(limit, OWN_ERROR_FACTOR * own_error[key]) for key, limit in tolerance.items()}
     with launch(config, CheckWorker, place) as ranks:
-        for _ in range(STEPS):
-            ranks.call("step", timeout_s=config.testbed.timeout_s)
+        for step in range(STEPS):
+            ranks.call("step", timeout_s=step_timeout_s(config, step))
         answers = ranks.call("compare", str(reference), timeout_s=config.testbed.timeout_s)
     env = environment() | place(config).conditions()
     return _record(config, _worst_of(answers), tolerance, env, started_at)

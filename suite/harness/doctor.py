@@ -10,6 +10,7 @@ from suite.errors import UsageError
 from suite.harness.environment import environment
 from suite.harness.peaks import peak_tflops
 from suite.impls import registry
+from suite.testbeds import slurm
 from suite.testbeds.network import why_not
 
 
@@ -38,6 +39,7 @@ def examine() -> list[Finding]:
         _tool("ninja", "compiles DeepSpeed's CPU helper", "pip install ninja"),
         _memory_peaks(),
         _emulated_clusters(),
+        _slurm(),
     ]
     return findings + [_implementation(name) for name in registry.IMPLEMENTATIONS]
 
@@ -64,6 +66,11 @@ def _emulated_clusters() -> Finding:
     remedy = f"{reason}. Needs Linux, iproute2, and either root with CAP_SYS_ADMIN or user namespaces"
     purpose = "network namespaces, veth, bridge and tbf for testbed=emulated"
     return Finding("emulated clusters", reason is None, purpose, remedy if reason else "")
+
+
+def _slurm() -> Finding:
+    reason = slurm.why_not()
+    return Finding("Slurm", reason is None, "submits jobs for testbed=slurm", reason or "")
 
 
 def _implementation(name: str) -> Finding:

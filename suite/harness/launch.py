@@ -101,6 +101,12 @@ def _prepare_process(config: Config, device_type: str | None) -> None:
     registry.preload(config.impl.name, device_type)
 
 
+def step_timeout_s(config: Config, steps_before: int) -> float:
+    """How long the ranks may stand still in their next step: longer while units are being compiled."""
+    compiling = steps_before == 0 and bool(config.impl.options.get("compile"))
+    return config.testbed.startup_timeout_s if compiling else config.testbed.timeout_s
+
+
 def launch(
     config: Config, program: Callable[[Config, RankContext], Any], place: Place = testbed_of
 ) -> AbstractContextManager[Ranks]:

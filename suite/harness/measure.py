@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import secrets
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from suite.config import Config
 from suite.errors import SuiteError
 from suite.harness import traffic
 from suite.harness.environment import environment
-from suite.harness.launch import Place, launch, prepare, scale_of, testbed_of
+from suite.harness.launch import Place, launch, prepare, scale_of, step_timeout_s, testbed_of
 from suite.harness.noise import Noise, noise_between, read_cpu
 from suite.harness.timeline import Timeline, timeline_of
 from suite.harness.worker import Device, Resources, StepMeasurement, Worker
@@ -54,14 +55,18 @@ class Team:
     """Of each rank."""
     before: list[Resources] = field(default_factory=list)
     after: list[Resources] = field(default_factory=list)
+    partition_size: int | None = None
+    notes: list[str] = field(default_factory=list)
 
     def step(self) -> None:
-        self.steps.append(self.ranks.call("step", timeout_s=self.config.testbed.timeout_s))
+        timeout_s = step_timeout_s(self.config, len(self.steps))
+        self.steps.append(self.ranks.call("step", timeout_s=timeout_s))
 
     def last_step(self) -> None:
         """Where steps are paced, a log of it costs too little to be seen in its time."""
         method = "traced_step" if scale_of(self.config) else "step"
-        self.steps.append(self.ranks.call(method, timeout_s=self.config.testbed.timeout_s))
+        timeout_s = step_timeout_s(self.config, len(self.steps))
+        self.steps.append(self.ranks.call(method, timeout_s=timeout_s))
 
     def timeline(self) -> Timeline | None:
         """Of the last timed step; None where steps are not paced."""
@@ -77,6 +82,11 @@ class Team:
         self.devices = self.ranks.call("device", timeout_s=self.config.testbed.timeout_s)
         self.ranks.call("reset_peak_memory", timeout_s=self.config.testbed.timeout_s)
         self.before = self.resources()
+
+    def stop_timing(self) -> None:
+        self.after = self.resources()
+        self.partition_size = self.ranks.call("partition_size", timeout_s=self.config.testbed.timeout_s)[0]
+        self.notes = self.ranks.call("notes", timeout_s=self.config.testbed.timeout_s)[0]
 
     def step_times(self) -> list[float]:
         """Seconds per timed step: those of its slowest rank."""
@@ -133,7 +143,8 @@ def measure(
             if not noise.noisy:
                 break
         assert noise is not None
-        records = [_record(team, noise, started_at) for team in teams]
+        cohort_name = name_cohort(cohort[0], started_at)
+        records = [record_of(team, noise, started_at, cohort_name) for team in teams]
         for team, record in zip(teams, records, strict=True):
             if (timeline := team.timeline()) is not None:
                 keep(record, timeline)
@@ -166,9 +177,7 @@ def _timed(teams: list[Team], failures: list[Failure], attempt: int, say: Say) -
     noise = noise_between(before, read_cpu(_pids(teams)), attempt)
     if teams:
         noise = replace(noise, busy_limit=teams[0].testbed.busy_limit)
-    for team in teams:
-        team.after = team.resources()
-    return teams, noise
+    return _turn(teams, failures, Team.stop_timing), noise
 
 
 def _turn(teams: list[Team], failures: list[Failure], action: Callable[[Team], None]) -> list[Team]:
@@ -187,7 +196,13 @@ def _pids(teams: Iterable[Team]) -> list[int]:
     return [pid for team in teams for pid in team.ranks.pids()]
 
 
-def _record(team: Team, noise: Noise, started_at: str) -> Record:
+def name_cohort(config: Config, started_at: str) -> str:
+    """Like no other, whatever the clock does."""
+    return f"{started_at}/{config.workload.name}/{secrets.token_hex(4)}"
+
+
+def record_of(team: Team, noise: Noise, started_at: str, cohort: str) -> Record:
+    """What a team's timed steps, between `start_timing` and `stop_timing`, amount to."""
     config, scale = team.config, scale_of(team.config)
     train, model = config.train, config.workload.model
     dilation = 1.0 if scale is None else scale.dilation
@@ -213,7 +228,7 @@ def _record(team: Team, noise: Noise, started_at: str) -> Record:
         world_size=config.world_size,
         nodes=config.world_size // config.ranks_per_node,
         ranks_per_node=config.ranks_per_node,
-        partition_size=team.ranks.call("partition_size", timeout_s=config.testbed.timeout_s)[0],
+        partition_size=team.partition_size,
         micro_batch=train.micro_batch,
         micro_steps=train.micro_steps,
         seq_len=model.seq_len,
@@ -225,8 +240,8 @@ def _record(team: Team, noise: Noise, started_at: str) -> Record:
         model_tflops_per_gpu=model_tflops,
         hardware_tflops_per_gpu=hardware_tflops,
         peak_memory_bytes=max(item.peak_memory_bytes for item in team.after),
-        inter_node_bytes_per_node=round(between / train.steps) if seen else None,
-        bytes_sent_per_rank=round(traffic.per_rank(before, after) / train.steps) if seen else None,
+        inter_node_bytes_per_node=round(between / len(times)) if seen else None,
+        bytes_sent_per_rank=round(traffic.per_rank(before, after) / len(times)) if seen else None,
         exposed_comm_s=None if waiting is None else waiting / dilation,
         losses=[step[0].loss for step in team.steps],
         grad_norms=[step[0].grad_norm for step in team.steps],
@@ -235,12 +250,8 @@ def _record(team: Team, noise: Noise, started_at: str) -> Record:
         config=config.to_dict(),
         config_hash=config.hash(),
         started_at=started_at,
-        cohort=f"{started_at}/{config.workload.name}",
-        notes=[
-            *team.ranks.call("notes", timeout_s=config.testbed.timeout_s)[0],
-            *team.testbed.notes(),
-            *_warnings(noise),
-        ],
+        cohort=cohort,
+        notes=[*team.notes, *team.testbed.notes(), *_warnings(noise)],
         details=_details(team) | ({} if scale is None else scale.details() | _overlap(team)),
         device=device.name,
         peak_tflops=peak,
@@ -272,7 +283,7 @@ def _details(team: Team) -> dict[str, float]:
     """The implementation's own counters per timed step, on the rank where each grew most; and on
     accelerators the allocator's figures, the worst of all ranks, and the step by the host's clock."""
     before, after = ([item.details for item in reading] for reading in (team.before, team.after))
-    steps = team.config.train.steps
+    steps = len(team.step_times())
     details = {
         key: max(late[key] - early[key] for early, late in zip(before, after, strict=True)) / steps
         for key in after[0]

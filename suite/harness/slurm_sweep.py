@@ -1,34 +1,27 @@
-"""A sweep whose cohorts run as tasks of Slurm jobs: written, submitted, followed, collected.
+"""A sweep whose cohorts run as tasks of Slurm jobs: submitted, followed, collected.
 
-A results folder keeps its jobs in `jobs/<name>/`. A call that finds jobs of an earlier one (its terminal
-was closed, say) collects what they have finished and follows what still runs, before it submits the rest.
+A call that finds jobs of an earlier one (its terminal was closed, say) collects what they have finished and
+follows what still runs, before it submits the rest.
 """
 
 from __future__ import annotations
 
-import datetime
 import fcntl
-import json
-import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 from suite.errors import RankError, SuiteError, UsageError
 from suite.harness.launch import require
 from suite.harness.measure import Failure
+from suite.harness.slurm_jobs import JOBS, Task, close_tasks, open_tasks, submit
 from suite.harness.sweep import RECORDS, Clock, Cohort, Outcome, Progress, cells, identity, unfinished
-from suite.harness.task import Result, read_result, read_task, write_task
+from suite.harness.task import Result, read_result
 from suite.records import AnyRecord, append, read
 from suite.testbeds import slurm
-
-JOBS = "jobs"
-OPEN = "open.json"
-"""In a job folder: job id -> its tasks, as long as they have not been collected."""
 
 GRACE_S = 20.0
 """How long a result may be late on a shared file system after Slurm says that its task has ended."""
@@ -36,24 +29,8 @@ GRACE_S = 20.0
 SILENCE_S = 900.0
 """How long Slurm may fail to answer before following it is given up; the jobs run on even then."""
 
-
-@dataclass
-class Task:
-    """One submitted cohort. `job` is Slurm's id; `ended` when the queue was first seen to know no more of
-    it (monotonic seconds)."""
-
-    file: Path
-    job: str
-    cohort: Cohort
-    ended: float | None = None
-
-    @property
-    def number(self) -> int:
-        return int(self.file.stem)
-
-    @property
-    def log(self) -> Path:
-        return self.file.with_suffix(".log")
+Keep = Callable[[Sequence[AnyRecord]], None]
+"""Receives the records of a task that is through."""
 
 
 def run_on_slurm(
@@ -83,20 +60,21 @@ def _alone_in(folder: Path) -> Iterator[None]:
 def _run(cohorts: Sequence[Cohort], out: Path, observe: Callable[[Progress], None]) -> Outcome:
     records, outcome = out / RECORDS, Outcome()
 
-    def keep(record: AnyRecord) -> None:
-        # A collection may have been interrupted half-way.
-        if identity(record) not in {identity(known) for known in read(records)}:
-            append(records, record)
-            outcome.finished.append(record)
+    def keep(found: Sequence[AnyRecord]) -> None:
+        # All or none are added, but a collection may have been interrupted before it was noted.
+        known = {identity(record) for record in read(records)}
+        fresh = [record for record in found if identity(record) not in known]
+        if fresh:
+            append(records, *fresh)
+        outcome.finished += fresh
 
     earlier = []
-    for task in _open_tasks(out):
+    for task in open_tasks(out):
         result = read_result(task.file)
         if result is None:
             earlier.append(task)
         else:
-            for record in result.records:
-                keep(record)
+            keep(result.records)
     tasks = _still_queued(earlier)
     finished = {identity(record) for record in read(records)}
     underway = {
@@ -105,10 +83,9 @@ def _run(cohorts: Sequence[Cohort], out: Path, observe: Callable[[Progress], Non
     todo = unfinished(cohorts, finished | underway)
     outcome.skipped = cells(unfinished(cohorts, underway)) - cells(todo) - len(outcome.finished)
     clock = Clock(cells(todo) + sum(len(task.cohort.cells) for task in tasks), observe)
-    tasks += _submit(todo, out, resumable=True) if todo else []
+    tasks += submit(todo, out, resumable=True) if todo else []
     _follow(tasks, outcome, keep, clock)
-    for file in (out / JOBS).glob(f"*/{OPEN}"):
-        file.unlink()
+    close_tasks(out)
     return outcome
 
 
@@ -117,8 +94,8 @@ def run_once(cohort: Cohort, out: Path, observe: Callable[[Progress], None]) -> 
     in `out/jobs`."""
     _require([cohort])
     outcome = Outcome()
-    (task,) = _submit([cohort], out, resumable=False)
-    _follow([task], outcome, outcome.finished.append, Clock(len(cohort.cells), observe))
+    (task,) = submit([cohort], out, resumable=False)
+    _follow([task], outcome, outcome.finished.extend, Clock(len(cohort.cells), observe))
     return read_result(task.file) or Result(failures=outcome.failures)
 
 
@@ -132,88 +109,6 @@ def _require(cohorts: Sequence[Cohort]) -> None:
         raise UsageError(f"testbed=slurm cannot submit jobs here: {reason}")
 
 
-def scripts(cohorts: Sequence[Cohort], out: Path) -> list[str]:
-    """What would be submitted for these cohorts."""
-    folder = (out / JOBS / "NAME").resolve()
-    return [array.script() for array, _ in _arrays(cohorts, folder)]
-
-
-def _arrays(cohorts: Sequence[Cohort], folder: Path) -> Iterator[tuple[slurm.JobArray, list[Cohort]]]:
-    """A job array's tasks all take equally many nodes: one array per shape, in order of size."""
-
-    def shape(cohort: Cohort) -> tuple[int, int]:
-        cell = cohort.cells[0]
-        return cell.world_size // cell.ranks_per_node, cell.ranks_per_node
-
-    first = 1
-    for (nodes, ranks_per_node), group in groupby(sorted(cohorts, key=shape), key=shape):
-        members = list(group)
-        testbed = members[0].cells[0].testbed
-        last = first + len(members) - 1
-        yield (
-            slurm.JobArray(
-                folder,
-                first,
-                last,
-                nodes,
-                ranks_per_node,
-                None if testbed.max_nodes is None else testbed.max_nodes // nodes,
-                testbed.partition,
-                testbed.time_limit,
-                testbed.sbatch,
-            ),
-            members,
-        )
-        first = last + 1
-
-
-def _submit(cohorts: Sequence[Cohort], out: Path, resumable: bool) -> list[Task]:
-    """Writes tasks and scripts and submits the arrays; with `testbed.max_nodes` one after the other, for
-    the limit holds for all of them together."""
-    folder = _new_folder(out)
-    tasks: list[Task] = []
-    jobs: dict[str, list[int]] = {}
-    try:
-        for array, members in _arrays(cohorts, folder):
-            numbers = list(range(array.first, array.last + 1))
-            files = [folder / f"{number}.json" for number in numbers]
-            for file, cohort in zip(files, members, strict=True):
-                write_task(file, cohort)
-            script = folder / f"job-{array.first}.sh"
-            script.write_text(array.script())
-            before = list(jobs)[-1] if jobs and array.at_once is not None else None
-            job = slurm.submit(script, after=before)
-            jobs[job] = numbers
-            tasks += [Task(file, job, cohort) for file, cohort in zip(files, members, strict=True)]
-    except BaseException:
-        slurm.cancel(jobs)
-        shutil.rmtree(folder)
-        raise
-    if resumable:
-        (folder / OPEN).write_text(json.dumps(jobs))
-    return tasks
-
-
-def _new_folder(out: Path) -> Path:
-    name = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    for suffix in ("", *(f"-{number}" for number in range(2, 100))):
-        folder = (out / JOBS / f"{name}{suffix}").resolve()
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise SuiteError(f"cannot make a new folder in {out / JOBS}")
-
-
-def _open_tasks(out: Path) -> Iterator[Task]:
-    for file in sorted((out / JOBS).glob(f"*/{OPEN}")):
-        for job, numbers in json.loads(file.read_text()).items():
-            for number in numbers:
-                task = (file.parent / f"{number}.json").resolve()
-                yield Task(task, job, read_task(task))
-
-
 def _still_queued(tasks: Sequence[Task]) -> list[Task]:
     if not tasks:
         return []
@@ -221,7 +116,7 @@ def _still_queued(tasks: Sequence[Task]) -> list[Task]:
     return [task for task in tasks if (s := known.get((task.job, task.number))) is not None and not s.ended]
 
 
-def _follow(tasks: list[Task], outcome: Outcome, keep: Callable[[AnyRecord], None], clock: Clock) -> None:
+def _follow(tasks: list[Task], outcome: Outcome, keep: Keep, clock: Clock) -> None:
     started = heard = time.monotonic()
     try:
         while tasks:
@@ -238,11 +133,11 @@ def _follow(tasks: list[Task], outcome: Outcome, keep: Callable[[AnyRecord], Non
             clock.say(_summary(tasks, known))
             if tasks:
                 time.sleep(min(10.0, 1.0 + (time.monotonic() - started) / 60))
-    except KeyboardInterrupt:
-        slurm.cancel({task.job for task in tasks})
+    except KeyboardInterrupt as stop:
+        if signal.SIGHUP not in stop.args:  # a terminal that goes away is no wish to end the jobs
+            slurm.cancel({task.job for task in tasks})
         for task in tasks:
-            for record in (read_result(task.file) or Result()).records:
-                keep(record)
+            keep((read_result(task.file) or Result()).records)
         raise
 
 
@@ -250,14 +145,13 @@ def _settled(
     task: Task,
     known: dict[tuple[str, int], slurm.State],
     outcome: Outcome,
-    keep: Callable[[AnyRecord], None],
+    keep: Keep,
     clock: Clock,
 ) -> bool:
     """Whether nothing more is to be expected of the task; its result or its failure is in the outcome."""
     result = read_result(task.file)
     if result is not None:
-        for record in result.records:
-            keep(record)
+        keep(result.records)
         outcome.failures += result.failures
     else:
         state = known.get((task.job, task.number))

@@ -88,11 +88,11 @@ def read_sweep(path: Path, overrides: Mapping[str, Any] | None = None) -> list[C
     if not path.is_file():
         raise UsageError(f"there is no sweep file {str(path)!r}; see configs/sweeps/")
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OmegaConfBaseException, OSError, ValueError) as error:
-        raise UsageError(f"{path} is not readable as YAML: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{path} is not readable as YAML: {_first_line(error)}") from error
     except Exception as error:  # yaml's own errors share no base class with OmegaConf's
-        raise UsageError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{path} is not YAML: {_first_line(error)}") from error
     if not isinstance(content, dict) or not isinstance(content.get("stages"), list):
         raise UsageError(f"{path} has no list of stages; see configs/sweeps/ for examples")
     cohorts: list[Cohort] = []
@@ -111,27 +111,43 @@ def _stage_cohorts(path: Path, stage: Any, overrides: Mapping[str, Any]) -> Iter
     name, kind = str(stage.get("name", "sweep")), stage.get("kind", "run")
     if kind not in KINDS:
         raise unknown(f"kind of stage {name!r} in {path}", str(kind), KINDS)
+    for key in ("base", "grid"):
+        if not isinstance(stage.get(key) or {}, dict):
+            raise UsageError(f"{path}, stage {name!r}: {key} must be a mapping, not {stage[key]!r}")
     grid = {key: _as_list(values) for key, values in (stage.get("grid") or {}).items()}
     for values in itertools.product(*grid.values()):
         point = dict(zip(grid, values, strict=True))
         cells = []
         for impl in _as_list(stage.get("impls") or []):
-            settings = OmegaConf.create({})
-            for key, value in [
-                *(stage.get("base") or {}).items(),
-                *point.items(),
-                *_impl_keys(impl).items(),
-                *overrides.items(),
-            ]:
-                # A preset's name may have been given in short: make room for keys below it.
-                OmegaConf.update(settings, _full_key(key, value), value, force_add=True)
+            layers = (stage.get("base") or {}, point, _impl_keys(impl), overrides)
             try:
-                cells.append(load(OmegaConf.to_container(settings)))  # type: ignore[arg-type]
+                cells.append(_cell(item for layer in layers for item in layer.items()))
             except UsageError as error:
                 raise UsageError(f"{path}, stage {name!r}: {error}") from error
         if not cells:
             raise UsageError(f"{path}, stage {name!r} names no impls")
         yield Cohort(name, kind, cells)
+
+
+def _cell(settings: Iterable[tuple[Any, Any]]) -> Config:
+    """Later settings win over earlier ones."""
+    content = OmegaConf.create({})
+    for key, value in settings:
+        try:
+            # A preset's name may have been given in short: make room for keys below it.
+            OmegaConf.update(content, _full_key(str(key), value), value, force_add=True)
+        except Exception as error:  # keys and values that OmegaConf has no place for: many types
+            raise UsageError(f"{key!r} cannot be set: {_first_line(error)}") from error
+    config = load(OmegaConf.to_container(content))  # type: ignore[arg-type]
+    if config.out is not None:
+        raise UsageError(f"out={config.out} has no meaning in a sweep; name the folder with --out")
+    if config.train.checkpoint_every is not None:
+        raise UsageError("train.checkpoint_every has no meaning in a sweep, whose cells are timed in turns")
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _impl_keys(impl: Any) -> dict[str, Any]:
@@ -165,13 +181,11 @@ def run_sweep(
     outcome = Outcome(skipped=cells(cohorts) - cells(todo))
     clock = Clock(cells(todo), observe)
     for cohort in todo:
-        for result in _run_cohort(cohort, clock, project, place, out):
-            if isinstance(result, Failure):
-                outcome.failures.append(result)
-            else:
-                record = replace(result, stage=cohort.stage)
-                append(file, record)
-                outcome.finished.append(record)
+        for results in _run_cohort(cohort, clock, project, place, out):
+            records = [replace(item, stage=cohort.stage) for item in results if not isinstance(item, Failure)]
+            outcome.failures += [item for item in results if isinstance(item, Failure)]
+            append(file, *records)
+            outcome.finished += records
     return outcome
 
 
@@ -222,7 +236,9 @@ def _run_cohort(
     project: Callable[[Config], ProjectionRecord] | None,
     place: Place,
     out: Path,
-) -> Iterable[AnyRecord | Failure]:
+) -> Iterable[Sequence[AnyRecord | Failure]]:
+    """What belongs together is yielded together, as soon as it is there."""
+
     def say(text: str) -> None:
         clock.say(f"{cohort.title()}: {text}")
 
@@ -235,7 +251,7 @@ def _run_cohort(
             measure_alone(cohort.cells, say, place) if alone else measure(cohort.cells, say, place, keep)
         )
         clock.finished(len(cohort.cells), cohort.title())
-        yield from results
+        yield results
         return
     if cohort.kind == "project":
         if project is None:
@@ -248,7 +264,7 @@ def _run_cohort(
 
 def _each(
     cohort: Cohort, clock: Clock, answer: Callable[[Config], AnyRecord]
-) -> Iterable[AnyRecord | Failure]:
+) -> Iterable[Sequence[AnyRecord | Failure]]:
     for cell in cohort.cells:
         clock.say(f"{cohort.title()}: {cohort.kind}ing {cell.impl.name}")
         try:
@@ -256,7 +272,7 @@ def _each(
         except SuiteError as error:
             result = Failure(cell, error)
         clock.finished(1, cohort.title())
-        yield result
+        yield [result]
 
 
 _KIND_OF = {Record: "run", CheckRecord: "check", ProjectionRecord: "project"}

@@ -21,6 +21,7 @@ from suite.harness.launch import Place
 from suite.harness.measure import Failure
 from suite.harness.sweep import RECORDS, Cohort, Progress, run_sweep
 from suite.records import AnyRecord, from_json, read, to_json
+from suite.secrets import mask
 
 
 @dataclass
@@ -60,9 +61,9 @@ def run_task(task: Path, place: Place, observe: Callable[[Progress], None]) -> R
     failures = [
         {
             "cell": cohort.cells.index(failure.config),
-            "error": str(failure.error),
+            "error": mask(str(failure.error)),
             "rank": getattr(failure.error, "rank", None),
-            "details": getattr(failure.error, "details", ""),
+            "details": mask(failure.error.details),
         }
         for failure in result.failures
     ]

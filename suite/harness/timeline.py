@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from suite.config import Config
-from suite.harness.launch import launch, prepare, scale_of
+from suite.harness.launch import launch, prepare, scale_of, step_timeout_s
 from suite.harness.worker import Worker
-from suite.impls.trace import Kind, Mark, Span, Trace
+from suite.impls.trace import Kind, Log, Mark, Span
 
 IN_FLIGHT = (Kind.GATHER, Kind.REDUCE)
 """Kinds of which several may be under way at once."""
@@ -44,14 +44,14 @@ def trace_step(config: Config) -> Timeline:
     """
     prepare(config)
     with launch(config, Worker) as ranks:
-        for _ in range(config.train.warmup):
-            ranks.call("step", timeout_s=config.testbed.timeout_s)
-        ranks.call("traced_step", timeout_s=config.testbed.timeout_s)
+        for step in range(config.train.warmup):
+            ranks.call("step", timeout_s=step_timeout_s(config, step))
+        ranks.call("traced_step", timeout_s=step_timeout_s(config, config.train.warmup))
         logged = ranks.call("trace", timeout_s=config.testbed.timeout_s)
     return timeline_of(config, logged)
 
 
-def timeline_of(config: Config, logged: Sequence[Trace]) -> Timeline:
+def timeline_of(config: Config, logged: Sequence[Log]) -> Timeline:
     """What the ranks logged in the same step, on one clock."""
     scale = scale_of(config)
     dilation = 1.0 if scale is None else scale.dilation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,8 +15,8 @@ from suite.harness.memory import PeakMemory
 from suite.harness.peaks import peak_tflops
 from suite.harness.timing import Stopwatch
 from suite.impls import registry
-from suite.impls.blocks import block_stack
-from suite.impls.trace import Trace
+from suite.impls.blocks import announce_blocks, block_stack
+from suite.impls.trace import Log, Trace
 from suite.impls.trainer import BuildModel, Recipe, Topology, Trainer
 from suite.testbeds.network import INTERFACE
 from suite.testbeds.testbed import RankContext
@@ -88,14 +89,16 @@ def make_pacer(config: Config, trace: Trace) -> Pacer | None:
     return None if scale is None else Pacer(scale.block, trace, traffic.LinkCounter(INTERFACE).read)
 
 
-def build_trainer(config: Config, context: RankContext, pacer: Pacer | None) -> Trainer:
-    """The configured implementation on this rank, training a paced model when there is a pacer."""
+def build_trainer(config: Config, context: RankContext, pacer: Pacer | None, trace: Trace) -> Trainer:
+    """The configured implementation on this rank, training a paced model when there is a pacer; what it
+    does goes into `trace`."""
     build = model_builder(config)
 
-    def build_paced() -> nn.Module:
+    def build_watched() -> nn.Module:
         model = build()
         if pacer is not None:
             pacer.pace(block_stack(model))
+        announce_blocks(model, trace)
         return model
 
     topology = Topology(context.rank, context.world_size, context.ranks_per_node, context.device)
@@ -108,13 +111,15 @@ def build_trainer(config: Config, context: RankContext, pacer: Pacer | None) -> 
             recipe_of(train).dtype,
             train.activation_checkpointing,
         )
-    return registry.build(
+    trainer = registry.build(
         config.impl.name,
-        build_paced,
+        build_watched,
         recipe_of(config.train, activations),
         topology,
         config.impl.options,
     )
+    trainer.record_into(trace)
+    return trainer
 
 
 class Worker:
@@ -125,10 +130,9 @@ class Worker:
         self._context = context
         self._memory = PeakMemory(context.device)
         self._stream = open_stream(config.workload, config.train.seed)
-        self._trace = Trace()
+        self._trace = Trace(context.whereabouts.tell)
         self._pacer = make_pacer(config, self._trace)
-        self._trainer = build_trainer(config, context, self._pacer)
-        self._trainer.record_into(self._trace)
+        self._trainer = build_trainer(config, context, self._pacer, self._trace)
         self._stopwatch = Stopwatch(context.device)
         self._step = 0
 
@@ -160,9 +164,17 @@ class Worker:
         self._trace.recording = False
         return measured
 
-    def trace(self) -> Trace:
-        """The log of the last traced step."""
-        return self._trace
+    def trace(self) -> Log:
+        """Of the last traced step."""
+        return self._trace.log
+
+    def save(self, folder: Path, position: int) -> None:
+        self._trainer.save(folder, position)
+
+    def load(self, folder: Path) -> int:
+        """Goes on from a checkpoint; returns how many steps it has behind it."""
+        self._step = self._trainer.load(folder)
+        return self._step
 
     def reset_peak_memory(self) -> None:
         self._memory.reset()

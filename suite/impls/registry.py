@@ -52,6 +52,7 @@ class Implementation:
     precisions: tuple[str, ...] = ("fp32", "bf16")
     check: Callable[[], None] | None = None
     prepare: Callable[[str | None], None] | None = None
+    has_checkpoints: bool = False
 
 
 ENGINE_PRECISIONS = ("fp32", "bf16", "fp16")
@@ -148,6 +149,7 @@ _ALL = (
         "Its messages are sent by threads that share the cores with the compute.",
         options=Zero3Options,
         precisions=ENGINE_PRECISIONS,
+        has_checkpoints=True,
     ),
     Implementation(
         "zero3-unoptimized",
@@ -156,6 +158,7 @@ _ALL = (
         "Blocking by design, and on gloo's own collectives.",
         options=UnoptimizedOptions,
         precisions=ENGINE_PRECISIONS,
+        has_checkpoints=True,
     ),
     Implementation(
         "mics",
@@ -164,6 +167,7 @@ _ALL = (
         "Its messages are sent by threads that share the cores with the compute.",
         options=MicsOptions,
         precisions=ENGINE_PRECISIONS,
+        has_checkpoints=True,
     ),
 )
 
@@ -211,6 +215,15 @@ def require_precision(name: str, precision: str) -> None:
     known = find(name).precisions
     if precision not in known:
         raise UsageError(f"train.precision={precision} is not there for {name}; use {' or '.join(known)}")
+
+
+def require_checkpoints(name: str) -> None:
+    """Raises UsageError when the implementation cannot save and load its training here."""
+    if not find(name).has_checkpoints:
+        able = [item.name for item in _ALL if item.has_checkpoints]
+        raise UsageError(
+            f"train.checkpoint_every: {name} has no checkpoints here; use impl={' or '.join(able)}"
+        )
 
 
 def preload(name: str, device_type: str | None = None) -> None:

@@ -5,6 +5,7 @@ All methods are collective: every rank calls them, in the same order.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -125,19 +126,33 @@ class Trainer(ABC):
         """Decisions that a reader of the results should know of, one sentence each."""
         self.keep_gradients = False
         """Set before a step to make `full_gradients` possible after it (costs time and memory)."""
+        self.trace = Trace()
         self._gradients: dict[str, Tensor] | None = None
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
-        """One optimizer step over this rank's micro-batches, `recipe.micro_steps` of them."""
-        loss = torch.zeros((), dtype=torch.float32, device=self.topology.device)
+        """One optimizer step over this rank's micro-batches, `recipe.micro_steps` of them.
+
+        Raises FloatingPointError on every rank whose own loss is not finite, and on all ranks when the
+        losses are but the gradient norm is not; a step that fp16 skipped is none of these.
+        """
+        own = torch.zeros((), dtype=torch.float32, device=self.topology.device)
         for index, micro_batch in enumerate(micro_batches):
-            loss += self._forward_backward(micro_batch, last=index == len(micro_batches) - 1)
+            self.trace.at(f"micro-step {index + 1}")
+            own += self._forward_backward(micro_batch, last=index == len(micro_batches) - 1)
         if self.keep_gradients:
+            self.trace.at("reading the gradients")
             self._gradients = self._read_gradients()
+        self.trace.at("optimizer step")
         grad_norm, skipped = self._optimizer_step()
-        dist.all_reduce(loss)
+        self.trace.at("end of the step")
+        loss = own.clone()
+        with self.trace.waiting("all-reduce of the loss"):
+            dist.all_reduce(loss)
         # Only here does the host wait for the device: everything before has been queued by now.
-        return StepResult(loss.item(), float(grad_norm), skipped)
+        result = StepResult(loss.item(), float(grad_norm), skipped)
+        if not skipped:
+            _require_finite(own, result)
+        return result
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Of the last step, before clipping: fp32 on the CPU, averaged over the global batch,
@@ -185,8 +200,10 @@ class Trainer(ABC):
         """
         raise UsageError(f"{type(self).__name__} has no checkpoints here; use zero3 or mics")
 
-    def record_into(self, trace: Trace) -> None:  # noqa: B027 (most implementations log nothing)
-        """From now on this implementation adds what it gathers, reduces and waits for to `trace`."""
+    def record_into(self, trace: Trace) -> None:
+        """From now on this implementation adds what it gathers, reduces and waits for to `trace`, and tells
+        it what it does."""
+        self.trace = trace
 
     def memory_reads(self) -> dict[int, int]:
         """Bytes that this rank has read from the memory of others on its host, by their rank: traffic
@@ -199,6 +216,17 @@ class Trainer(ABC):
 
     def close(self) -> None:  # noqa: B027 (most implementations hold nothing)
         """Frees what outlives the object (hooks, threads); the process group stays."""
+
+
+def _require_finite(own: Tensor, result: StepResult) -> None:
+    """Only a loss that is not finite in the sum costs a look at this rank's own part of it."""
+    if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+        return
+    if not math.isfinite(result.loss):
+        if not math.isfinite(own.item()):
+            raise FloatingPointError(f"the loss of this rank's own batch is {own.item()}")
+        return  # another rank's; it reports that
+    raise FloatingPointError(f"all losses are finite, but the gradient norm is {result.grad_norm}")
 
 
 BuildModel = Callable[[], nn.Module]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from suite.impls.sharded import checkpoint, shard
 from suite.impls.sharded.options import EngineOptions
-from suite.impls.trace import Trace
+from suite.impls.trace import Kind, Trace
 from suite.impls.trainer import BuildModel, MicroBatch, Recipe, Topology, Trainer
 
 
@@ -55,7 +55,10 @@ class Zero3(Trainer):
         return norm, self.engine.skipped
 
     def save(self, folder: Path, position: int = 0) -> None:
-        self._checkpointer.save(folder, position).wait()
+        self.trace.at(f"checkpoint {folder.name}")
+        saving = self._checkpointer.save(folder, position)
+        with self.trace.span(Kind.WAIT, "all ranks' writing"):
+            saving.wait()
 
     def load(self, folder: Path) -> int:
         return checkpoint.load(folder, self.engine)
@@ -65,6 +68,7 @@ class Zero3(Trainer):
         return checkpoint.Checkpointer(self.engine)
 
     def record_into(self, trace: Trace) -> None:
+        super().record_into(trace)
         self.engine.record_into(trace)
 
     def memory_reads(self) -> dict[int, int]:

@@ -39,9 +39,10 @@ def log_records(
         return None
     if importlib.util.find_spec("wandb") is None:
         return "not logged to W&B: the package is not installed (pip install wandb, or wandb.mode=disabled)"
-    words = [str(directory.resolve()), "--project", wandb.project]
-    words += ["--group", group or directory.resolve().name]
-    words += ["--entity", wandb.entity] if wandb.entity else []
+    # In one word each: a name may begin with a dash.
+    words = [str(directory.resolve()), f"--project={wandb.project}"]
+    words += [f"--group={group or directory.resolve().name}"]
+    words += [f"--entity={wandb.entity}"] if wandb.entity else []
     words += ["--compare"] if compare else []
     written = run_apart(["suite.reports.wandb_runs", *words], directory, timeout_s)
     if not written.ok:

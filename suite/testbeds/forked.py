@@ -22,15 +22,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
 from suite.testbeds.devices import bound, stay_off_devices
-from suite.testbeds.ranks import ChildProcess, LocalRanks, Raised, Rank
+from suite.testbeds.process import ChildProcess
+from suite.testbeds.ranks import LocalRanks, Raised, Rank
 from suite.testbeds.testbed import Program, RankContext
+from suite.testbeds.whereabouts import Whereabouts
 
 PR_SET_PDEATHSIG = 1
 
@@ -69,23 +70,22 @@ class Site:
 @contextmanager
 def forked_ranks(program: Program, site: Site, startup_timeout_s: float) -> Iterator[LocalRanks]:
     """Ranks running `program` at that site; all of them have ended when the context is left."""
-    with tempfile.TemporaryDirectory(prefix="suite-ranks-") as folder:
-        ranks = LocalRanks(_fork(program, site, Path(folder)))
-        try:
-            ranks.answers("start-up", startup_timeout_s)
-            yield ranks
-        except BaseException:
-            ranks.kill()
-            raise
-        ranks.end()
+    ranks = LocalRanks(_fork(program, site))
+    try:
+        ranks.answers("start-up", startup_timeout_s)
+        yield ranks
+    except BaseException:
+        ranks.kill()
+        raise
+    ranks.end()
 
 
-def _fork(program: Program, site: Site, folder: Path) -> list[Rank]:
+def _fork(program: Program, site: Site) -> list[Rank]:
     ranks: list[Rank] = []
     try:
         for number in range(site.ranks):
             ours, theirs = _FORK.Pipe()
-            ranks.append(Rank(number, fork_rank(number, program, site, theirs, folder), ours))
+            ranks.append(Rank(number, fork_rank(number, program, site, theirs), ours))
     except BaseException:
         LocalRanks(ranks).kill()
         raise
@@ -95,27 +95,39 @@ def _fork(program: Program, site: Site, folder: Path) -> list[Rank]:
     return ranks
 
 
-def fork_rank(number: int, program: Program, site: Site, channel: Connection, folder: Path) -> ChildProcess:
-    """One rank that answers on `channel` (closed here) and prints into a file of `folder`."""
-    log = folder / f"rank-{number}.log"
-    log.touch()
+def fork_rank(number: int, program: Program, site: Site, channel: Connection) -> ChildProcess:
+    """One rank that answers on `channel` (closed here)."""
+    # A file without a name: nothing has to be removed, whatever ends this process.
+    log = tempfile.TemporaryFile()  # noqa: SIM115 (ChildProcess closes it)
+    whereabouts = Whereabouts()
     process = _FORK.Process(
-        target=_child, args=(number, program, site, channel, log, os.getpid()), name=f"rank-{number}"
+        target=_child,
+        args=(number, program, site, channel, log.fileno(), whereabouts, os.getpid()),
+        name=f"rank-{number}",
     )
     process.start()
     channel.close()
-    return ChildProcess(process, log)
+    return ChildProcess(process, log, whereabouts)
 
 
 def _child(
-    number: int, program: Program, site: Site, channel: Connection, log: Path, parent: int
+    number: int,
+    program: Program,
+    site: Site,
+    channel: Connection,
+    log: int,
+    whereabouts: Whereabouts,
+    parent: int,
 ) -> NoReturn:
     """One rank, from fork to exit; never returns into the parent's code."""
     try:
         os.setsid()  # a session of its own, so that all it starts can be ended with it
         site.enter(number)
         _become_rank_process(log, parent)
-        _serve(program, _join(number, site), channel)
+        whereabouts.tell("joining the process group")
+        context = _join(number, site, whereabouts)
+        whereabouts.tell("building model and implementation")
+        _serve(program, context, channel)
     except BaseException as error:
         # Not an error to report: the parent has gone away, or told us to end.
         if not isinstance(error, (EOFError, BrokenPipeError)):
@@ -125,7 +137,7 @@ def _child(
     os._exit(0)
 
 
-def _join(number: int, site: Site) -> RankContext:
+def _join(number: int, site: Site, whereabouts: Whereabouts) -> RankContext:
     """Makes this process rank `number` of the process group."""
     os.environ.update(
         RANK=str(number),
@@ -149,21 +161,21 @@ def _join(number: int, site: Site) -> RankContext:
         master_listen_fd=site.listener.detach() if serves and site.listener is not None else None,
     )
     dist.init_process_group(backend, store=store, rank=number, world_size=site.ranks, device_id=bound(device))
-    return RankContext(number, site.ranks, site.ranks_per_node, device)
+    return RankContext(number, site.ranks, site.ranks_per_node, device, whereabouts)
 
 
-def _become_rank_process(log: Path, parent: int) -> None:
+def _become_rank_process(log: int, parent: int) -> None:
     """Dies with its parent and is silent on the terminal: what libraries print goes to the rank's
     log. Not before `enter`: a change of user namespace makes the kernel forget the death signal."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the parent died before prctl took effect
         os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    output = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(output, sys.__stdout__.fileno() if sys.__stdout__ else 1)
-    os.dup2(output, sys.__stderr__.fileno() if sys.__stderr__ else 2)
-    sys.stdout = os.fdopen(os.dup(output), "w", buffering=1)
-    sys.stderr = os.fdopen(os.dup(output), "w", buffering=1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    os.dup2(log, sys.__stdout__.fileno() if sys.__stdout__ else 1)
+    os.dup2(log, sys.__stderr__.fileno() if sys.__stderr__ else 2)
+    sys.stdout = os.fdopen(os.dup(log), "w", buffering=1)
+    sys.stderr = os.fdopen(os.dup(log), "w", buffering=1)
     logging.getLogger().handlers.clear()
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
 
@@ -178,6 +190,7 @@ def _serve(program: Program, context: RankContext, channel: Connection) -> None:
     channel.send(None)
     while (message := channel.recv()) is not None:
         method, arguments = message
+        context.whereabouts.tell("")
         try:
             answer = getattr(target, method)(*arguments)
         except Exception as error:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from suite.errors import RankError
+from suite.testbeds.process import KILL_GRACE_S, Process
 
-KILL_GRACE_S = 5.0
 FAILURE_GRACE_S = 0.5
+LOOK_S = 1.0
+"""How often silent ranks are looked at for progress."""
+STACKS_S = 0.3
+"""How long ranks are given to print their stacks."""
 
 
 @dataclass(frozen=True)
@@ -25,68 +27,6 @@ class Raised:
     traceback: str
 
 
-class Process(Protocol):
-    """A rank's process, as its parent sees it; on another machine its parent is asked."""
-
-    @property
-    def pid(self) -> int: ...
-
-    def ended(self) -> str:
-        """How it came to its end; called when its channel is closed."""
-        ...
-
-    def join(self, timeout_s: float) -> None:
-        """Waits until it is gone, so long at most."""
-        ...
-
-    def kill(self) -> None:
-        """Ends it and all that it has started, without waiting for it."""
-        ...
-
-    def stack(self) -> str:
-        """Where it is right now."""
-        ...
-
-    def output(self) -> str:
-        """The end of what it printed."""
-        ...
-
-
-class ChildProcess:
-    """A rank forked from this process."""
-
-    def __init__(self, process: Any, log: Path) -> None:
-        self._process = process
-        self._log = log
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def ended(self) -> str:
-        self._process.join(KILL_GRACE_S)
-        code = self._process.exitcode
-        return f"was ended by {signal.Signals(-code).name}" if code and code < 0 else f"exited with {code}"
-
-    def join(self, timeout_s: float) -> None:
-        self._process.join(timeout_s)
-
-    def kill(self) -> None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
-
-    def stack(self) -> str:
-        """Asks it to print its stacks and reads them from its log."""
-        before = self._log.stat().st_size
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGUSR1)
-        time.sleep(0.2)
-        return self._log.read_text(errors="replace")[before:].strip()
-
-    def output(self, lines: int = 15) -> str:
-        return "\n".join(self._log.read_text(errors="replace").strip().splitlines()[-lines:])
-
-
 @dataclass(frozen=True)
 class Rank:
     """The caller's end of one rank."""
@@ -95,12 +35,18 @@ class Rank:
     process: Process
     channel: Connection
 
+    def where(self) -> str:
+        """What it told last, in brackets; empty when it told nothing."""
+        text = str(self.process.sighting())
+        return f" ({text})" if text else ""
+
 
 class LocalRanks:
     """Running ranks that answer over a channel each (see `suite.testbeds.testbed.Ranks`)."""
 
     def __init__(self, ranks: list[Rank]) -> None:
         self._ranks = ranks
+        self._ended = False
 
     def pids(self) -> list[int]:
         return [rank.process.pid for rank in self._ranks]
@@ -117,10 +63,15 @@ class LocalRanks:
         failures: list[RankError] = []
         silent = {rank.channel: rank for rank in self._ranks}
         deadline = time.monotonic() + timeout_s
+        seen: dict[int, int] = {}
         while silent:
-            ready = wait(list(silent), timeout=max(0.0, deadline - time.monotonic()))
+            ready = wait(list(silent), timeout=max(0.0, min(LOOK_S, deadline - time.monotonic())))
             if not ready:
-                break
+                now = self._progress(list(silent.values()))
+                if not failures and now != seen:
+                    seen, deadline = now, time.monotonic() + timeout_s
+                elif time.monotonic() >= deadline:
+                    break
             for channel in ready:
                 rank = silent.pop(channel)  # type: ignore[call-overload]
                 answer = self._receive(rank, doing)
@@ -132,10 +83,21 @@ class LocalRanks:
                 else:
                     answers[rank.number] = answer
         if failures:
-            raise min(failures, key=_is_consequence)
+            self.kill()
+            raise min(failures, key=_distance)
         if silent:
-            raise self._hung(list(silent.values()), doing, timeout_s)
+            error = self._hung(list(silent.values()), doing, timeout_s)
+            self.kill()
+            raise error
         return [answers[rank.number] for rank in self._ranks]
+
+    def _ask(self, ranks: Sequence[Rank], method: str) -> list[Any]:
+        """That method of the processes of some ranks; many are asked at once where asking takes time."""
+        return [getattr(rank.process, method)() for rank in ranks]
+
+    def _progress(self, ranks: Sequence[Rank]) -> dict[int, int]:
+        sightings = self._ask(ranks, "sighting")
+        return {rank.number: sighting.count for rank, sighting in zip(ranks, sightings, strict=True)}
 
     def _receive(self, rank: Rank, doing: str) -> Any:
         try:
@@ -143,26 +105,31 @@ class LocalRanks:
         except (EOFError, ConnectionResetError):
             return self._died(rank, doing)
         if isinstance(answer, Raised):
-            message = f"rank {rank.number} failed in {doing}: {answer.message}"
-            return RankError(message, rank.number, answer.traceback)
+            message = f"rank {rank.number} failed in {doing}{rank.where()}: {answer.message}"
+            return RankError(message, rank.number, answer.traceback, answer.message.partition(":")[0])
         return answer
 
     def _died(self, rank: Rank, doing: str) -> RankError:
-        message = f"rank {rank.number} {rank.process.ended()} in {doing}"
+        message = f"rank {rank.number} {rank.process.ended()} in {doing}{rank.where()}"
         return RankError(message, rank.number, rank.process.output())
 
     def _hung(self, silent: list[Rank], doing: str, timeout_s: float) -> RankError:
         """Names the ranks that are not waiting in a collective: they are what the others wait for."""
-        stacks = {rank.number: rank.process.stack() for rank in silent}
-        culprits = [number for number, stack in stacks.items() if "torch/distributed/" not in stack]
-        number = (culprits or sorted(stacks))[0]
-        others = ", ".join(str(other) for other in sorted(stacks) if other != number)
-        waiting = f" (also silent: rank {others})" if others else ""
+        stacks = self._stacks(silent)
+        rank = next((rank for rank in silent if not _waits(rank, stacks[rank.number])), silent[0])
+        others = ", ".join(str(other.number) for other in silent if other is not rank)
         return RankError(
-            f"rank {number} did not answer within {timeout_s:g} s in {doing}{waiting}",
-            number,
-            "\n".join(f"--- rank {other}\n{stack}" for other, stack in sorted(stacks.items())),
+            f"rank {rank.number} made no progress for {timeout_s:g} s in {doing}{rank.where()}"
+            + (f"; also silent: rank {others}" if others else ""),
+            rank.number,
+            "\n".join(f"--- rank {item.number}{item.where()}\n{stacks[item.number]}" for item in silent),
         )
+
+    def _stacks(self, ranks: Sequence[Rank]) -> dict[int, str]:
+        """Where each of them is right now."""
+        self._ask(ranks, "ask_for_stack")
+        time.sleep(STACKS_S)
+        return dict(zip((rank.number for rank in ranks), self._ask(ranks, "stack"), strict=True))
 
     def end(self) -> None:
         """Ends every rank and what it started, and waits until they are gone."""
@@ -175,13 +142,27 @@ class LocalRanks:
         self.kill()
 
     def kill(self) -> None:
+        """The same at once; harmless when they have ended."""
+        if self._ended:
+            return
+        self._ended = True
         for rank in self._ranks:
             rank.process.kill()
         for rank in self._ranks:
             rank.process.join(KILL_GRACE_S)
             rank.channel.close()
+            rank.process.close()
 
 
-def _is_consequence(failure: RankError) -> bool:
-    """Whether a rank failed only because its connection to another one broke."""
-    return "onnection" in str(failure) or "roken pipe" in str(failure)
+def _waits(rank: Rank, stack: str) -> bool:
+    """Whether it is inside a collective: by its own word, or on the stack of its training thread."""
+    training_thread = stack.rpartition("Current thread")[2]
+    return bool(rank.process.sighting().waiting) or "torch/distributed/" in training_thread
+
+
+def _distance(failure: RankError) -> int:
+    """How far from the cause: a rank that died first, then one that raised, and last one that raised only
+    because its connection to another one broke."""
+    if not failure.raised:
+        return 0
+    return 2 if "onnection" in str(failure) or "roken pipe" in str(failure) else 1

@@ -10,7 +10,6 @@ import fcntl
 import os
 import socket
 import struct
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -22,7 +21,7 @@ import torch
 from suite.testbeds.devices import claim_device
 from suite.testbeds.door import Address, knock
 from suite.testbeds.forked import Site, fork_rank, raised
-from suite.testbeds.ranks import KILL_GRACE_S, ChildProcess
+from suite.testbeds.process import KILL_GRACE_S, ChildProcess
 from suite.testbeds.testbed import Program
 
 _SIOCGIFADDR = 0x8915
@@ -50,7 +49,6 @@ class Seat:
         self._door = door
         self._listener: socket.socket | None = None
         self._ranks: dict[str, ChildProcess] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="suite-seat-")
 
     def serve(self) -> None:
         """Until the driver hangs up; all ranks have ended then."""
@@ -69,7 +67,6 @@ class Seat:
         finally:
             for rank in self._ranks.values():
                 rank.kill()
-            self._folder.cleanup()
 
     def place(self) -> Place:
         return self._place
@@ -110,9 +107,7 @@ class Seat:
             enter=lambda rank: os.environ.update(settings),
             listener=self._listener,
         )
-        folder = Path(self._folder.name) / team
-        folder.mkdir()
-        rank = fork_rank(self.number, program, site, knock(self._door, team, self.number), folder)
+        rank = fork_rank(self.number, program, site, knock(self._door, team, self.number))
         self._ranks[team] = rank
         if self._listener is not None:
             self._listener.close()
@@ -120,7 +115,7 @@ class Seat:
         return rank.pid
 
     def of(self, team: str, method: str, *arguments: Any) -> Any:
-        """What `suite.testbeds.ranks.Process` offers, asked of that team's rank."""
+        """What `suite.testbeds.process.Process` offers, asked of that team's rank."""
         return getattr(self._ranks[team], method)(*arguments)
 
     def discard(self, team: str) -> None:
@@ -129,6 +124,7 @@ class Seat:
         if rank is not None:
             rank.kill()
             rank.join(KILL_GRACE_S)
+            rank.close()
 
     def _device(self, rank: int) -> tuple[torch.device, str]:
         """Called in the rank. Slurm may show a process its own accelerator only."""

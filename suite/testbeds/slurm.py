@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from suite.config import SECRET
 from suite.errors import SuiteError, UsageError
+from suite.secrets import names_a_secret
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND_TIMEOUT_S = 60.0
@@ -173,5 +173,5 @@ def _job_environment(variables: Iterable[tuple[str, str]]) -> dict[str, str]:
     return {
         name: value
         for name, value in variables
-        if name in ours or not (name.startswith("SLURM_") or SECRET.search(name))
+        if name in ours or not (name.startswith("SLURM_") or names_a_secret(name))
     }

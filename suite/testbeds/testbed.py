@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+
+from suite.testbeds.whereabouts import Whereabouts
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,9 @@ class RankContext:
     world_size: int
     ranks_per_node: int
     device: torch.device
+    whereabouts: Whereabouts = field(default_factory=Whereabouts)
+    """Where the program may tell what it is doing: a failure then names it, and a rank that tells
+    something new is not taken for one that hangs."""
 
     def barrier(self) -> None:
         dist.barrier()
@@ -36,7 +41,8 @@ class Ranks(Protocol):
         """Runs that method of every rank's program object, on all ranks at the same time.
 
         Returns the answers in rank order. Raises RankError when a rank raised (with its traceback),
-        died, or has not answered within `timeout_s` (with its stack); all ranks have ended then.
+        died, or when for `timeout_s` no rank that still owes its answer has made any progress (with the
+        stacks); all ranks have ended then.
         """
         ...
 

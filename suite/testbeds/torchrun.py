@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -21,12 +21,13 @@ from typing import Any
 
 from torch.distributed.rendezvous import rendezvous
 
-from suite.config import SECRET
 from suite.errors import RankError
+from suite.secrets import MASK, names_a_secret
 from suite.testbeds.door import Address, Door
 from suite.testbeds.ranks import LocalRanks, Raised, Rank
 from suite.testbeds.seats import Place, Seat
 from suite.testbeds.testbed import Program, Testbed
+from suite.testbeds.whereabouts import Sighting
 
 JOIN_TIMEOUT_S = 120.0
 ASK_TIMEOUT_S = 30.0
@@ -43,7 +44,7 @@ _KEY = "suite/door"
 def network_settings(variables: Mapping[str, str]) -> dict[str, str]:
     """Those variables that set the network's libraries up, by name; secrets masked."""
     chosen = sorted(name for name in variables if name.startswith(NETWORK))
-    return {name: "***" if SECRET.search(name) else variables[name] for name in chosen}
+    return {name: MASK if names_a_secret(name) else variables[name] for name in chosen}
 
 
 class Seats:
@@ -73,7 +74,16 @@ class Seats:
             with suppress(OSError):  # found when it does not answer
                 channel.send((method, arguments))
         deadline = time.monotonic() + timeout_s
-        return [self._answer(number, method, deadline) for number in range(len(self))]
+        answers: list[Any] = []
+        failures: list[RankError] = []
+        for number in range(len(self)):  # all are heard: no answer may be left for a later call
+            try:
+                answers.append(self._answer(number, method, deadline))
+            except RankError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+        return answers
 
     def ask(self, number: int, method: str, *arguments: Any, timeout_s: float = ASK_TIMEOUT_S) -> Any:
         """That method of one seat. Raises RankError."""
@@ -93,7 +103,7 @@ class Seats:
             raise RankError(f"rank {number}: its node was lost ({method})", number) from error
         if isinstance(answer, Raised):
             message = f"rank {number} failed in {method}: {answer.message}"
-            raise RankError(message, number, answer.traceback)
+            raise RankError(message, number, answer.traceback, answer.message.partition(":")[0])
         return answer
 
     def addresses(self) -> list[str]:
@@ -145,7 +155,7 @@ def _sit(seat: Seat, door: Door) -> None:
 
 
 class RemoteProcess:
-    """A rank's process on some node (`suite.testbeds.ranks.Process`): its seat is asked. What cannot be
+    """A rank's process on some node (`suite.testbeds.process.Process`): its seat is asked. What cannot be
     asked any more is said so instead of raised: it is needed while a failure is being told."""
 
     def __init__(self, seats: Seats, number: int, team: str, pid: int) -> None:
@@ -176,11 +186,24 @@ class RemoteProcess:
     def kill(self) -> None:
         """Nothing to do: `TorchrunRanks.kill` has told all seats at once."""
 
+    def sighting(self) -> Sighting:
+        try:
+            return self._ask("sighting")
+        except RankError:
+            return Sighting(0, "", "")
+
+    def ask_for_stack(self) -> None:
+        with suppress(RankError):
+            self._ask("ask_for_stack")
+
     def stack(self) -> str:
         return self._tell("stack")
 
     def output(self) -> str:
         return self._tell("output")
+
+    def close(self) -> None:
+        """Nothing to do, as in `kill`."""
 
 
 class TorchrunRanks(LocalRanks):
@@ -200,7 +223,16 @@ class TorchrunRanks(LocalRanks):
             if place.machine == places[0].machine
         ]
 
+    def _ask(self, ranks: Sequence[Rank], method: str) -> list[Any]:
+        try:
+            answers = self._seats.call("of", self._team, method, timeout_s=ASK_TIMEOUT_S)
+        except RankError:  # a node was lost: each is asked alone, and says so
+            return super()._ask(ranks, method)
+        return [answers[rank.number] for rank in ranks]
+
     def kill(self) -> None:
+        if self._ended:
+            return
         with suppress(RankError):  # of a node that was lost; the others have been told all the same
             self._seats.call("discard", self._team, timeout_s=ASK_TIMEOUT_S)
         super().kill()

@@ -3,17 +3,18 @@
 A checkpoint is a folder of safetensors files, written by `torch.distributed.checkpoint`: of every
 parameter, under the model's own name and flattened, its fp32 master and its optimizer states, each
 rank writing the range that it owns; and `training.json` with all that is not a tensor. Nothing in it
-is pickled. It is written beside its final name and renamed when it is complete on all ranks.
+is pickled. It is written beside its final name and renamed when it is complete on all ranks; a save that
+fails leaves nothing.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,15 +40,25 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from suite.errors import UsageError
+from suite import typed
+from suite.errors import OutputError, UsageError
 from suite.impls.sharded.engine import Engine
+from suite.impls.sharded.manifest import (
+    TRAINING,
+    Training,
+    fingerprints,
+    read_training,
+    reason,
+    tensor_files,
+    together,
+    update_groups,
+    verify,
+    write_training,
+)
+from suite.impls.sharded.optimizer import LossScale
 from suite.impls.sharded.units import Bucket
 
-FORMAT = 1
-TRAINING = "training.json"
 PARTIAL = ".partial"
-KERNEL_CHOICES = ("fused", "foreach", "capturable", "differentiable")
-"""Of an optimizer: they suit a device, and the one that loads may be another than the one that saved."""
 
 
 class Stateful(Protocol):
@@ -99,7 +110,8 @@ class Saving:
         self._future = future
 
     def wait(self) -> None:
-        """Returns when it is complete on all ranks. Raises what went wrong, on every rank."""
+        """Returns when it is complete on all ranks. Raises OutputError on every rank when it could not be
+        written on one."""
         self._future.result()
 
     @property
@@ -129,22 +141,14 @@ class Checkpointer:
         owned = list(owned_by(engine))
         tensors = _tensors(owned, engine.optimizer) | _random_states(dist.get_rank(), engine.device)
         copies = {name: replace(part, values=_copy(part.values)) for name, part in tensors.items()}
-        training = _training(engine.optimizer, position, scheduler)
-        training["ranks"], training["device"] = dist.get_world_size(), engine.device.type
-        training["loss_scale"] = None if engine.loss_scale is None else dict(vars(engine.loss_scale))
-        return Saving(self._thread.submit(self._write, folder, copies, training))
-
-    def _write(self, folder: Path, tensors: dict[str, Part], training: dict[str, Any]) -> None:
-        partial = folder.with_name(folder.name + PARTIAL)
-        first = dist.get_rank() == 0
-        if first:
-            _begin(partial)
-        dist.barrier(group=self._group)
-        write_tensors(partial, tensors, self._group)
-        dist.barrier(group=self._group)
-        if first:
-            _finish(partial, folder, training)
-        dist.barrier(group=self._group)
+        training = replace(
+            _training(engine.optimizer, position, scheduler),
+            ranks=dist.get_world_size(),
+            device=engine.device.type,
+            loss_scale=None if engine.loss_scale is None else dict(vars(engine.loss_scale)),
+        )
+        place = (self._group, dist.get_rank(), dist.get_world_size())
+        return Saving(self._thread.submit(_write, folder, copies, training, *place))
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -160,10 +164,35 @@ def save_plain(
 ) -> None:
     """A checkpoint of plain, unsharded training in one process, in the same format."""
     _require_free(folder)
+    tensors = _tensors(list(owned_by_plain(model, optimizer)), optimizer)
+    _write(folder, tensors, _training(optimizer, position, scheduler), None, 0, 1)
+
+
+def _write(
+    folder: Path,
+    tensors: dict[str, Part],
+    training: Training,
+    group: dist.ProcessGroup | None,
+    rank: int,
+    ranks: int,
+) -> None:
+    """Each step fails on all ranks or on none."""
     partial = folder.with_name(folder.name + PARTIAL)
-    _begin(partial)
-    write_tensors(partial, _tensors(list(owned_by_plain(model, optimizer)), optimizer), None)
-    _finish(partial, folder, _training(optimizer, position, scheduler))
+    first = rank == 0
+
+    def finish() -> None:
+        files = {name: values for part in parts for name, values in part.items()}
+        _finish(partial, folder, replace(training, files=files))
+
+    try:
+        together(group, lambda: _begin(partial) if first else None)
+        write_tensors(partial, tensors, group)
+        parts = together(group, lambda: fingerprints(tensor_files(partial)[rank::ranks]))
+        together(group, lambda: finish() if first else None)
+    except (Exception, dcp.CheckpointException) as error:  # they share no narrower base class
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise OutputError(f"checkpoint {folder} cannot be written: {reason(error)}") from error
 
 
 def write_tensors(folder: Path, tensors: dict[str, Part], group: dist.ProcessGroup | None) -> None:
@@ -185,9 +214,9 @@ def _begin(partial: Path) -> None:
     partial.mkdir(parents=True)
 
 
-def _finish(partial: Path, folder: Path, training: dict[str, Any]) -> None:
+def _finish(partial: Path, folder: Path, training: Training) -> None:
     """Makes sure that everything is on the disk, then gives it its name."""
-    (partial / TRAINING).write_text(json.dumps(training, indent=1))
+    write_training(partial, training)
     for path in [*partial.iterdir(), partial]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -204,8 +233,37 @@ def _copy(values: Tensor) -> Tensor:
 
 def latest(root: Path) -> Path | None:
     """The complete checkpoint under `root` whose name comes last, if there is one."""
-    found = [file.parent for file in root.glob(f"*/{TRAINING}") if not file.parent.name.endswith(PARTIAL)]
-    return max(found, key=lambda folder: folder.name, default=None)
+    return max(_complete(root), key=lambda folder: folder.name, default=None)
+
+
+def discard_damaged(root: Path) -> list[Path]:
+    """Removes the complete checkpoints after the last one whose files are as they were written, and returns
+    their folders. For one process: it reads them all through."""
+    damaged = []
+    for folder in sorted(_complete(root), reverse=True):
+        try:
+            _read_whole(folder, None)
+            break
+        except UsageError:
+            damaged.append(folder)
+            shutil.rmtree(folder)
+    return damaged
+
+
+def keep_newest(root: Path, count: int) -> None:
+    """Removes all complete checkpoints under `root` but the last ones."""
+    for folder in sorted(_complete(root))[:-count]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def discard_unfinished(root: Path) -> None:
+    """Removes what saves that were killed have left under `root`; nobody may be saving there."""
+    for folder in root.glob(f"*{PARTIAL}"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _complete(root: Path) -> list[Path]:
+    return [file.parent for file in root.glob(f"*/{TRAINING}") if not file.parent.name.endswith(PARTIAL)]
 
 
 def load(folder: Path, engine: Engine, scheduler: Stateful | None = None) -> int:
@@ -215,22 +273,23 @@ def load(folder: Path, engine: Engine, scheduler: Stateful | None = None) -> int
     UsageError for a
     checkpoint that is not there, damaged, or of another model.
     """
-    training = _read_training(folder)
+    training = _read_whole(folder, dist.group.WORLD)
     owned = list(owned_by(engine))
     _make_states(owned, engine.optimizer, training)
     tensors = _tensors(owned, engine.optimizer)
-    here = dist.get_rank() < training["ranks"] and training["device"] == engine.device.type
+    here = dist.get_rank() < training.ranks and training.device == engine.device.type
     random = _random_states(dist.get_rank(), engine.device) if here else {}
     read_tensors(folder, tensors | random, dist.group.WORLD)
     for name, part in random.items():
         device_type = name.split("/")[1]
         module = torch if device_type == "cpu" else torch.get_device_module(device_type)
         module.set_rng_state(part.values)
-    _set_training(training, engine.optimizer, scheduler)
-    if engine.loss_scale is not None and training.get("loss_scale"):
-        vars(engine.loss_scale).update(training["loss_scale"])
+    _set_training(folder, training, engine.optimizer, scheduler)
+    if engine.loss_scale is not None and training.loss_scale is not None:
+        with _refused(folder):
+            vars(engine.loss_scale).update(vars(typed.build(LossScale, training.loss_scale)))
     engine.refresh_weights()
-    return int(training["position"])
+    return training.position
 
 
 def load_plain(
@@ -240,49 +299,45 @@ def load_plain(
     scheduler: Stateful | None = None,
 ) -> int:
     """The same into plain, unsharded training in one process."""
-    training = _read_training(folder)
+    training = _read_whole(folder, None)
     owned = list(owned_by_plain(model, optimizer))
     _make_states(owned, optimizer, training)
     read_tensors(folder, _tensors(owned, optimizer), None)
-    _set_training(training, optimizer, scheduler)
-    return int(training["position"])
+    _set_training(folder, training, optimizer, scheduler)
+    return training.position
+
+
+def _read_whole(folder: Path, group: dist.ProcessGroup | None) -> Training:
+    """What is not a tensor, after the ranks have shared out to look whether all files are as written."""
+    training = read_training(folder)
+    rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    share = dict(sorted(training.files.items())[rank::ranks])
+    with _refused(folder):
+        together(group, lambda: verify(folder, share))
+    return training
 
 
 def read_tensors(folder: Path, tensors: dict[str, Part], group: dist.ProcessGroup | None) -> None:
     """Fills the parts' values in place, from wherever in the checkpoint they are."""
     reader = HuggingFaceStorageReader(str(folder))
+    with _refused(folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is meant
+        dcp.load(
+            tensors,
+            storage_reader=reader,
+            planner=_Loader(),
+            process_group=group,
+            no_dist=group is None,
+        )
+
+
+@contextmanager
+def _refused(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong with what the checkpoint says is the checkpoint's fault."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is meant
-            dcp.load(
-                tensors,
-                storage_reader=reader,
-                planner=_Loader(),
-                process_group=group,
-                no_dist=group is None,
-            )
+        yield
     except (Exception, dcp.CheckpointException) as error:  # they share no narrower base class
-        raise UsageError(f"checkpoint {folder} cannot be loaded: {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """One line: of the error itself, or of the first rank's that failed."""
-    if isinstance(error, dcp.CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return (str(error).strip().splitlines() or [repr(error)])[0]
-
-
-def _read_training(folder: Path) -> dict[str, Any]:
-    try:
-        training = json.loads((folder / TRAINING).read_text())
-        if training["format"] != FORMAT:
-            raise UsageError(f"checkpoint {folder} has format {training['format']}, not {FORMAT}")
-    except FileNotFoundError as error:
-        raise UsageError(f"there is no complete checkpoint in {folder}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"checkpoint {folder} cannot be loaded: {TRAINING} is damaged") from error
-    assert isinstance(training, dict)
-    return training
+        raise UsageError(f"checkpoint {folder} cannot be loaded: {reason(error)}") from error
 
 
 # --- what is in a checkpoint
@@ -340,26 +395,25 @@ def _random_states(rank: int, device: torch.device) -> dict[str, Part]:
     return {name: Part(len(state), 0, state) for name, state in states.items()}
 
 
-def _training(optimizer: torch.optim.Optimizer, position: int, scheduler: Stateful | None) -> dict[str, Any]:
-    """All that is not a tensor. `states`: the optimizer's, by name, and whether each is a scalar."""
+def _training(optimizer: torch.optim.Optimizer, position: int, scheduler: Stateful | None) -> Training:
+    """All that is not a tensor, as one process sees it."""
     states = {
         key: values.dim() == 0
         for state in optimizer.state.values()
         for key, values in state.items()
         if values is not None
     }
-    return {
-        "format": FORMAT,
-        "position": position,
-        "ranks": 0,
-        "device": None,
-        "states": states,
-        "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
-        "scheduler": None if scheduler is None else scheduler.state_dict(),
-    }
+    return Training(
+        position=position,
+        ranks=0,
+        device=None,
+        states=states,
+        groups=[{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
+        scheduler=None if scheduler is None else scheduler.state_dict(),
+    )
 
 
-def _make_states(owned: Sequence[Owned], optimizer: torch.optim.Optimizer, training: dict[str, Any]) -> None:
+def _make_states(owned: Sequence[Owned], optimizer: torch.optim.Optimizer, training: Training) -> None:
     """Empty optimizer states of the kinds that the checkpoint holds, to be filled. Scalars (the step
     count) lie on the device where the optimizer's kernel reads them, else on the CPU."""
     optimizer.state.clear()
@@ -370,26 +424,21 @@ def _make_states(owned: Sequence[Owned], optimizer: torch.optim.Optimizer, train
         if group.get("fused") or group.get("capturable")
     }
     for holder in {id(item.optimized): item.optimized for item in owned}.values():
-        if holder is not None and training["states"]:
+        if holder is not None and training.states:
             scalar = torch.zeros((), device=holder.device if id(holder) in on_device else "cpu")
             optimizer.state[holder] = {
                 key: scalar.clone() if is_scalar else torch.zeros_like(holder, requires_grad=False)
-                for key, is_scalar in training["states"].items()
+                for key, is_scalar in training.states.items()
             }
 
 
 def _set_training(
-    training: dict[str, Any], optimizer: torch.optim.Optimizer, scheduler: Stateful | None
+    folder: Path, training: Training, optimizer: torch.optim.Optimizer, scheduler: Stateful | None
 ) -> None:
-    if len(training["groups"]) != len(optimizer.param_groups):
-        raise UsageError(
-            f"the checkpoint's optimizer has {len(training['groups'])} parameter groups, "
-            f"this one {len(optimizer.param_groups)}"
-        )
-    for group, saved in zip(optimizer.param_groups, training["groups"], strict=True):
-        group.update({key: value for key, value in saved.items() if key not in KERNEL_CHOICES})
-    if scheduler is not None and training["scheduler"] is not None:
-        scheduler.load_state_dict(training["scheduler"])
+    with _refused(folder):
+        update_groups(optimizer, training.groups)
+        if scheduler is not None and training.scheduler is not None:
+            scheduler.load_state_dict(training.scheduler)
 
 
 # --- how torch.distributed.checkpoint sees it
@@ -428,7 +477,11 @@ class _Loader(DefaultLoadPlanner):
                 raise ValueError(f"it does not hold {name}")
             if saved.size != torch.Size([part.numel]):
                 raise ValueError(f"{name} has {saved.size.numel()} elements there and {part.numel} here")
-            items += create_read_items_for_chunk_list(name, saved, [part.chunk])
+            found = create_read_items_for_chunk_list(name, saved, [part.chunk])
+            there = sum(item.lengths.numel() for item in found)
+            if there != len(part.values):
+                raise ValueError(f"it holds {there} of the {len(part.values)} elements wanted of {name}")
+            items += found
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:

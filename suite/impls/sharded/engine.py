@@ -20,10 +20,11 @@ from suite.impls.sharded import optimizer as arena_optimizer
 from suite.impls.sharded.collectives import Collectives, Handle
 from suite.impls.sharded.compiling import compile_units
 from suite.impls.sharded.groups import Groups
+from suite.impls.sharded.ledger import make_ledger
 from suite.impls.sharded.materialize import Initialize, materialize, materialize_buffers
 from suite.impls.sharded.options import EngineOptions
 from suite.impls.sharded.schedule import Action, Event, Op, Phase, Scheduler
-from suite.impls.sharded.two_hop import TwoHop
+from suite.impls.sharded.two_hop import TRAINING, TwoHop
 from suite.impls.sharded.units import Bucket, Slot, Unit, build_arenas, build_units, take_over
 from suite.impls.trace import Kind, Trace
 
@@ -78,7 +79,8 @@ class Engine:
         self._clip = clip
         self._parts = groups.replication.size if options.optimizer_sharding == "world" else 1
         self.units = self._partition(unit_modules, dtype, device, initialize)
-        self._two_hop = TwoHop(groups, options, dtype, device, self._trace)
+        self._ledger = make_ledger(options.fingerprint, options.fingerprint_timeout_s)
+        self._two_hop = TwoHop(groups, options, dtype, device, self._trace, self._ledger)
         unit_bytes = [unit.nbytes for unit in self.units]
         resident = [unit.index for unit in self.units if all(b.resident for b in unit.buckets)]
         self.scheduler = Scheduler(unit_bytes, options.limits, options.cached_schedule, resident)
@@ -164,7 +166,8 @@ class Engine:
         if not self.skipped:
             if self._clip is not None or scale != 1.0:
                 arena_optimizer.rescale(gradients, norm, self._clip, scale)
-            self._groups.quiesce()
+            with self._trace.span(Kind.WAIT, "all ranks' reading"):
+                self._groups.quiesce()
             self.optimizer.step()
             self.refresh_weights()
         self._two_hop.reset(self._trainable_buckets())
@@ -175,7 +178,9 @@ class Engine:
         one_kernel = self._options.one_kernel_norm
         measure = arena_optimizer.sum_of_squares if one_kernel else arena_optimizer.sum_of_squares_per_tensor
         square = measure(gradients)
-        dist.all_reduce(square)
+        self._ledger.enter(TRAINING, "all-reduce", "the gradient norm", square.nbytes)
+        with self._trace.span(Kind.WAIT, "all-reduce of the gradient norm"):
+            dist.all_reduce(square)
         copies = self._groups.replication.size // self._parts
         return (square / copies).sqrt()
 
@@ -185,6 +190,9 @@ class Engine:
         if self._parts > 1:
             buckets = list(self._buckets())
             self._two_hop.expect_refresh(buckets)
+            self._ledger.enter(
+                TRAINING, "gather", "the owners' weights", sum(b.compute.nbytes for b in buckets)
+            )
             self._refresh = self._groups.replication.all_gather(
                 [bucket.compute for bucket in buckets], [bucket.owned_compute for bucket in buckets]
             )
@@ -317,6 +325,8 @@ class Engine:
         self.statistics.micro_steps += 1
 
     def _happens(self, phase: Phase, unit: Unit) -> None:
+        if phase.needs_weights:
+            self._trace.at(f"{phase.value} of {unit.name}")
         start = time.perf_counter()
         actions = self.scheduler.at(Event(phase, unit.index))
         self.statistics.deciding_s += time.perf_counter() - start
@@ -354,8 +364,12 @@ class Engine:
         self.statistics.peak_gathered_bytes = max(self.statistics.peak_gathered_bytes, self._gathered_bytes)
         calls = [buckets] if self._options.coalesced else [[bucket] for bucket in buckets]
         handles = []
+        names = " and ".join(unit.name for unit in missing)
         for call in calls:
-            handle = self._groups.partition.all_gather([b.full for b in call], [b.compute for b in call])
+            if call:
+                self._ledger.enter(TRAINING, "gather", names, sum(bucket.nbytes for bucket in call))
+            with self._trace.waiting(f"start of gather {names}"):
+                handle = self._groups.partition.all_gather([b.full for b in call], [b.compute for b in call])
             if not self._options.fine_grained_sync:
                 handle.wait()
             handles.append(handle)
@@ -386,7 +400,8 @@ class Engine:
 
     def _finish_refresh(self) -> None:
         if self._refresh is not None:
-            self._refresh.wait()
+            with self._trace.span(Kind.WAIT, "gather of the owners' weights"):
+                self._refresh.wait()
             self._refresh = None
 
     def _present(self, unit: Unit) -> bool:

@@ -45,6 +45,9 @@ class EngineOptions(Options):
 
     `prefetch_mb` bounds what is gathered ahead of its use, `coalesce_mb` what goes into one call
     (both in MiB); `poison` fills released and not yet arrived buffers with NaN (tests).
+
+    `fingerprint` holds the ranks' collectives against each other before each of them and reports the
+    first difference, or the rank that does not come within `fingerprint_timeout_s` (see `ledger`); slow.
     """
 
     fine_grained_sync: bool = True
@@ -64,6 +67,8 @@ class EngineOptions(Options):
     prefetch_mb: float = 16.0
     coalesce_mb: float = 4.0
     poison: bool = False
+    fingerprint: bool = False
+    fingerprint_timeout_s: float = 20.0
 
     def resolve(self, world_size: int, ranks_per_node: int) -> EngineOptions:
         if self.optimizer_sharding not in SHARDINGS:

@@ -17,12 +17,16 @@ from torch import Tensor
 from suite.impls.sharded.chain import Errand, make_chain
 from suite.impls.sharded.collectives import Handle, Piece, Reduction, Transfer, flatten, join_small
 from suite.impls.sharded.groups import Groups
+from suite.impls.sharded.ledger import Ledger
 from suite.impls.sharded.options import EngineOptions
 from suite.impls.sharded.units import Bucket
 from suite.impls.trace import Kind, Trace
 
 REDUCTIONS_IN_FLIGHT = 2
 """How many units' gradients may be on their way: one being sent while the next is computed."""
+
+TRAINING, SECOND_HOP = "training", "second hop"
+"""Who makes collectives: the training thread, and the chain that goes on behind it."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,10 @@ class TwoHop:
         wire: torch.dtype,
         device: torch.device,
         trace: Trace,
+        ledger: Ledger,
     ) -> None:
         self._groups = groups
+        self._ledger = ledger
         self._options = options
         self._wire = wire
         self.trace = trace
@@ -93,6 +99,7 @@ class TwoHop:
         self._catch_up(buckets)
         for call in calls:
             reductions, addends = zip(*(self._take(bucket, last) for bucket in call), strict=True)
+            self._ledger.enter(TRAINING, "reduce", name, sum(bucket.nbytes for bucket in call))
             handle = self._groups.partition.reduce_scatter(reductions)
             for bucket in call:
                 self.expected_inter_node_bytes += self._groups.topology.gather_inter_node_bytes(bucket.nbytes)
@@ -173,7 +180,7 @@ class TwoHop:
 
             def job() -> Sequence[Transfer]:
                 hop1.join()
-                return [self._start_hop2(going_on)]
+                return [self._start_hop2(going_on, name)]
 
             transfer = self._chain.run(job, hop1.forget)
         if not self._options.fine_grained_sync:
@@ -182,8 +189,9 @@ class TwoHop:
         self._hop1.append(sent)
         self._sent.append(sent)
 
-    def _start_hop2(self, addends: list[Addend]) -> Handle:
+    def _start_hop2(self, addends: list[Addend], name: str) -> Handle:
         """To the owners: all of the group where it owns alike, else one part each."""
+        self._ledger.enter(SECOND_HOP, "all-reduce", name, sum(item.shard.nbytes for item in addends))
         if self._options.optimizer_sharding == "world":
             return self._groups.replication.reduce_scatter(
                 [

@@ -1,0 +1,151 @@
+"""`training.json`: all of a checkpoint that is not a tensor, and what its files must look like.
+
+It comes from a file that somebody else may have written or damaged, so nothing in it is taken on trust.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from suite import typed
+from suite.errors import UsageError
+
+FORMAT = 2
+TRAINING = "training.json"
+KERNEL_CHOICES = ("fused", "foreach", "capturable", "differentiable")
+"""Of an optimizer: they suit a device, and the one that loads may be another than the one that saved."""
+_CHUNK = 1 << 22
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Training:
+    """`position` counts what was consumed of the data; `ranks` and `device` say whose random states there
+    are. `states`: the optimizer's, by name, and whether each is a scalar; `groups`: its groups' settings.
+    `files`: size in bytes and CRC-32 of every other file of the checkpoint."""
+
+    position: int
+    ranks: int
+    device: str | None
+    states: dict[str, bool]
+    groups: list[dict[str, Any]]
+    scheduler: dict[str, Any] | None
+    loss_scale: dict[str, Any] | None = None
+    files: dict[str, list[int]] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+def write_training(folder: Path, training: Training) -> None:
+    (folder / TRAINING).write_text(json.dumps(asdict(training), indent=1))
+
+
+def read_training(folder: Path) -> Training:
+    """Raises UsageError when there is none, or not one of this format."""
+    try:
+        content = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.get("format") != FORMAT:
+            raise UsageError(f"checkpoint {folder} has format {content.get('format')!r}, not {FORMAT}")
+        return typed.build(Training, content)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(f"there is no complete checkpoint in {folder}") from error
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        raise UsageError(f"checkpoint {folder} cannot be loaded: {TRAINING} is damaged ({error})") from error
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name != TRAINING)
+
+
+def fingerprints(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Size and CRC-32 by name: against accidents, not against forgery."""
+    return {path.name: _fingerprint(path) for path in files}
+
+
+def verify(folder: Path, files: Mapping[str, list[int]]) -> None:
+    """Raises ValueError for the first file that is missing or not what was written."""
+    for name, expected in files.items():
+        if Path(name).name != name:
+            raise ValueError(f"{TRAINING} names a file elsewhere ({name!r})")
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{name} is missing")
+        if path.stat().st_size != expected[0]:
+            raise ValueError(f"{name} has {path.stat().st_size} bytes, not {expected[0]}")
+        if _fingerprint(path) != expected:
+            raise ValueError(f"{name} is not what was written (its checksum differs)")
+
+
+def _fingerprint(path: Path) -> list[int]:
+    size = checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            size += len(chunk)
+            checksum = zlib.crc32(chunk, checksum)
+    return [size, checksum]
+
+
+def update_groups(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> None:
+    """The saved settings into the optimizer's groups. Raises ValueError for other groups or settings."""
+    if len(saved) != len(optimizer.param_groups):
+        raise ValueError(
+            f"its optimizer has {len(saved)} parameter groups, not {len(optimizer.param_groups)}"
+        )
+    for group, settings in zip(optimizer.param_groups, saved, strict=True):
+        settings = {name: value for name, value in settings.items() if name not in KERNEL_CHOICES}
+        for name, value in settings.items():
+            # "initial_lr" comes with a scheduler, which may be made after loading.
+            if name == "params" or (name not in group and name != "initial_lr"):
+                raise ValueError(f"the optimizer has no setting {name!r}")
+            if name in group and not _alike(value, group[name]):
+                raise ValueError(f"the optimizer's {name} is {value!r}")
+        group.update(settings)
+
+
+def _alike(value: Any, present: Any) -> bool:
+    """Whether a value from JSON can stand where `present` stands."""
+    if isinstance(present, (tuple, list)):
+        return isinstance(value, list) and len(value) == len(present)
+    if isinstance(present, bool) or present is None:
+        return value is None or isinstance(value, (bool, int, float))
+    if isinstance(present, (int, float)):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, type(present))
+
+
+def together(group: dist.ProcessGroup | None, action: Callable[[], T]) -> list[T]:
+    """Runs on every rank of `group` (None: this process alone) and returns all answers. When it fails on
+    one rank, it fails on all: nobody waits for a rank that has given up. Raises RuntimeError then."""
+    answer: T | None = None
+    problem = ""
+    try:
+        answer = action()
+    except Exception as error:
+        problem = reason(error)
+    if group is None:
+        everybody: list[Any] = [(answer, problem)]
+    else:
+        everybody = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everybody, (answer, problem), group=group)
+    for rank, (_, failed) in enumerate(everybody):
+        if failed:
+            raise RuntimeError(failed if group is None else f"{failed} (rank {rank})")
+    return [item for item, _ in everybody]
+
+
+def reason(error: BaseException) -> str:
+    """One line that says what went wrong; of a failure on several ranks the first one's."""
+    failures = getattr(error, "failures", None)  # dcp.CheckpointException
+    if failures:
+        error = next(iter(failures.values()))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip().splitlines() or [repr(error)])[0]
