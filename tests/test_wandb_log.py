@@ -154,11 +154,14 @@ def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
 def test_what_is_sent_is_everything_and_is_sent_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     record = factory.run("mics")
     folder = results(tmp_path / "results", record)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     with wandb_server() as (address, received):
         monkeypatch.setenv("WANDB_BASE_URL", address)
         monkeypatch.setenv("WANDB_API_KEY", SECRET)
         assert log(folder, mode="online", compare=True) is None
         assert log(folder, mode="online", compare=True) is None
+    assert os.listdir() == [] and files_with(SECRET, folder) == []
     mics, comparison = (
         next(key for key, run in received.runs.items() if run.get("jobType") == kind)
         for kind in ("mics", "comparison")
@@ -216,6 +219,15 @@ def test_a_refused_connection_or_a_missing_login_is_no_success(
     folder = results(tmp_path / "results", factory.run("ddp"))
     message = log_records(folder, WandbConfig(mode="online"), sync_timeout_s=20)
     assert message and "not sent" in message
+
+
+def test_a_server_that_refuses_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = results(tmp_path / "results", factory.run("ddp"))
+    with wandb_server(status=403) as (address, _):
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        monkeypatch.setenv("WANDB_API_KEY", SECRET)
+        message = log_records(folder, WandbConfig(mode="online"), sync_timeout_s=20)
+    assert message and "not sent" in message and SECRET not in message
 
 
 @pytest.mark.slow

@@ -25,7 +25,8 @@ class Done:
 
 def run_apart(arguments: Sequence[str], directory: Path, timeout_s: float) -> Done:
     """Runs `python -m ...` in a session of its own, so that W&B's helper processes end with it; what they
-    stage for artifacts stays in `directory`. Never raises for what the program does."""
+    write besides (logs, what is staged for artifacts) goes to `directory/wandb`.
+    Never raises for what the program does."""
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
@@ -69,6 +70,7 @@ def _environment(directory: Path) -> dict[str, str]:
         **os.environ,
         **quiet,
         "PYTHONPATH": path,
+        "WANDB_DIR": str(directory.resolve()),
         "WANDB_DATA_DIR": staged,
         "WANDB_ERROR_REPORTING": "false",
     }
