@@ -40,6 +40,8 @@ PLAN_COLUMNS = (
     "exposed,\ns",
     "GiB\n/GPU",
 )
+UNMOVED = 1e-3
+"""Relative movement below which an assumption moves nothing."""
 SENSITIVITY_COLUMNS = ("assumption", "moves most", "at the low end", "now", "at the high end")
 
 
@@ -186,7 +188,10 @@ def sensitivity_rows(moved: Sequence[Sensitivity], now: Sequence[Comparison]) ->
         if item.assumption not in best or reach > best[item.assumption][0]:
             best[item.assumption] = (reach, item)
     rows: list[tuple[str, ...]] = []
-    for name, (_, item) in best.items():
+    for name, (reach, item) in best.items():
+        if reach < UNMOVED:
+            rows.append((f"`{name}`", "none of these numbers", "", "", ""))
+            continue
         row = values[item.what]
         low, current, high = (
             _value(row.number.quantity, value) for value in (item.at_low, row.projected, item.at_high)
