@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from suite.records import ProjectionRecord, Record
 from suite.reports.cohorts import Cohort
@@ -137,30 +139,37 @@ def _bound_row(item: Held) -> tuple[Cell, ...]:
 
 
 def _bound_plot(found: Sequence[Held], styles: Mapping[str, Style]) -> Plot:
-    """Per micro-step, so that all fit on one scale."""
+    """All runs in one picture: what they ask of the network and how long they take, in blocks' time."""
     impls = sorted({item.run.impl for item in found})
 
     def draw(figure: Figure) -> None:
-        left, right = figure.subplots(1, 2)
-        _against(left, found, styles, bound_s)
-        left.set_xlabel("bound, ms per micro-step")
-        left.set_ylabel("step, ms per micro-step")
-        _against(right, found, styles, link_s, lambda run: run.exposed_comm_s)
-        right.set_xlabel("bytes over link, ms per micro-step")
-        right.set_ylabel("exposed, ms per micro-step")
-        shared_legend(figure, left)
+        axes = figure.subplots()
+        for impl in impls:
+            points = [_in_blocks(item.run) for item in found if item.run.impl == impl]
+            style = styles[impl]
+            look: dict[str, Any] = {
+                "color": style.colour,
+                "markersize": 5,
+                "fillstyle": "none",
+                "label": impl,
+            }
+            axes.plot([x for x, _ in points], [y for _, y in points], style.marker, **look)
+        _draw_limits(axes, [_in_blocks(item.run)[0] for item in found])
+        axes.set_xlabel("bytes over link ÷ modelled time of the blocks")
+        axes.set_ylabel("step ÷ modelled time of the blocks")
+        shared_legend(figure, axes)
 
     worst = max(found, key=_over_bound)
     return make_plot(
         "emulated-bounds",
-        "Steps against their lower bound",
-        "Emulated, one mark per run on several nodes. Left: the step over its bound (on the line: nothing is "
-        "lost). Right: what of the link's time is waited for (on the line: all of it, at 0: none).",
-        f"{len(found)} runs of {', '.join(impls)}; furthest above the bound: {worst.name}, × "
-        f"{_over_bound(worst):.2f}",
+        "Steps between perfect overlap and none",
+        "Emulated, one mark per run on several nodes. Solid: the bound, everything overlaps; dashed: "
+        "communication and compute one after the other.",
+        f"{len(found)} runs of {', '.join(impls)}; furthest above the bound: {worst.name}, "
+        f"× {_over_bound(worst):.2f}",
         bound_table(found),
         draw,
-        3.4,
+        3.6,
     )
 
 
@@ -168,26 +177,25 @@ def _over_bound(item: Held) -> float:
     return item.run.step_time_s.median / (bound_s(item.run) or float("inf"))
 
 
-def _against(
-    axes: Axes,
-    found: Sequence[Held],
-    styles: Mapping[str, Style],
-    expected: Callable[[Record], float | None],
-    seen: Callable[[Record], float | None] = lambda run: run.step_time_s.median,
-) -> None:
-    """Marks over the line of equality, both axes in ms per micro-step."""
-    ends = [0.0]
-    for impl in sorted({item.run.impl for item in found}):
-        runs = [item.run for item in found if item.run.impl == impl]
-        pairs = [(expected(run), seen(run), run.micro_steps) for run in runs]
-        points = [(1000 * x / n, 1000 * y / n) for x, y, n in pairs if x is not None and y is not None]
-        xs, ys = [x for x, _ in points], [y for _, y in points]
-        style = styles[impl]
-        axes.plot(xs, ys, style.marker, color=style.colour, markersize=5, fillstyle="none", label=impl)
-        ends += [*xs, *ys]
-    axes.plot([0, max(ends)], [0, max(ends)], ":", color=INK, linewidth=1)
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
+def _in_blocks(run: Record) -> tuple[float, float]:
+    """(link's time, step) over the blocks' modelled time."""
+    compute = compute_s(run) or float("inf")
+    return (link_s(run) or 0.0) / compute, run.step_time_s.median / compute
+
+
+def _draw_limits(axes: Axes, asked: Sequence[float]) -> None:
+    ends = 0.8 * min(asked), 1.25 * max(asked)
+    places = [ends[0] * (ends[1] / ends[0]) ** (step / 60) for step in range(61)]
+    axes.plot(
+        places, [max(1.0, place) for place in places], "-", color=INK, linewidth=1, label="perfect overlap"
+    )
+    axes.plot(places, [1.0 + place for place in places], "--", color=MUTED, linewidth=1, label="no overlap")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis, subs in ((axes.xaxis, (1, 2, 5)), (axes.yaxis, (1, 1.5, 2, 3, 5))):
+        axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
     axes.grid()
 
 
@@ -243,7 +251,7 @@ def _error_plot(found: Sequence[Held], styles: Mapping[str, Style]) -> Plot:
             projected, step = item.projection.step_time_s, item.run.step_time_s
             errors = [100 * (projected / value - 1) for value in (step.max, step.median, step.min)]
             range_mark(axes, row, (errors[0], errors[1], errors[2]), styles[item.run.impl])
-        axes.set_xlabel("projected against measured step, %")
+        axes.set_xlabel("error of the projection, %")
 
     inside = sum(abs(item.error or 0) <= LIMIT for item in found)
     return make_plot(

@@ -156,6 +156,7 @@ def _plot(cohort: Cohort, found: Sequence[Pair]) -> Plot:
         left.set_xlim(left=0)
         left.set_xlabel("MiB per node and step")
         right.set_xlabel("step time, ms")
+        right.tick_params(axis="y", length=0)
         right.spines["left"].set_visible(False)
         right.grid(axis="x")
 

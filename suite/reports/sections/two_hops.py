@@ -152,21 +152,21 @@ def _plot(item: Accumulation) -> Plot:
         for axes, read in ((left, per_micro_step), (right, sent)):
             for label, runs in item.curves().items():
                 draw_band(axes, label, _points(runs, read), LOOKS[label])
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
             doubling_axis(axes, (pair.on.micro_steps for pair in item.pairs), "micro-steps per step")
         left.set_ylabel("time per micro-step, ms")
         right.set_ylabel("sent between nodes,\nMiB per node and micro-step")
         shared_legend(figure, left)
 
     run = item.pairs[0].on
-    ends = "; ".join(f"{pair.on.micro_steps} micro-steps × {rounded(pair.ratio)}" for pair in item.pairs)
+    ends = "; ".join(f"× {rounded(pair.ratio)} at {pair.on.micro_steps}" for pair in item.pairs)
     return make_plot(
         f"{item.key.lower()}-two-hops",
         "Two hops against a sum at every micro-step",
         f"{run.evidence.capitalize()}; {item.key}: {item.title}. {run.step_time_s.n} timed steps "
         "each, both in "
         "turns. Bands: min to max.",
-        f"Step time without two hops over that with them: {ends}",
+        f"Step time without two hops over that with them, by micro-steps: {ends}",
         two_hops_table(item),
         draw,
         3.1,
