@@ -8,7 +8,7 @@ import random
 from dataclasses import asdict, replace
 from typing import Any
 
-from suite.config import TestbedConfig
+from suite.config import TestbedConfig, TrainConfig
 from suite.records import AnyRecord, CheckRecord, ProjectionRecord, Record, Spread
 
 IMPLS = {
@@ -74,19 +74,9 @@ def config(
             "data": "python-docs",
             "scale_of": None,
         },
-        "train": {
-            "micro_batch": 2,
-            "micro_steps": micro_steps,
-            "global_batch": None,
-            "steps": 10,
-            "warmup": 2,
-            "precision": precision,
-            "lr": 1e-3,
-            "weight_decay": 0.01,
-            "clip": None,
-            "activation_checkpointing": False,
-            "seed": 0,
-        },
+        "train": asdict(
+            TrainConfig(micro_batch=2, micro_steps=micro_steps, steps=10, warmup=2, precision=precision)
+        ),
         "testbed": asdict(TestbedConfig(ranks=4, nodes=4 // ranks_per_node, ranks_per_node=ranks_per_node)),
         "cluster": None,
         "wandb": {"mode": "offline", "entity": None, "project": "sharded-data-parallel"},
