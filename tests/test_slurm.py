@@ -216,7 +216,7 @@ stages:
       workload: {data: synthetic, model: {layers: 1, hidden: 64, intermediate: 64}}
       testbed: {name: slurm, nodes: 2, ranks_per_node: 1, max_nodes: 2}
       train: {warmup: 0}
-    grid: {train.steps: [2, 300]}
+    grid: {train.steps: [2, 150]}
 """
 
 
@@ -248,14 +248,14 @@ def test_a_sweep_that_lost_a_node_goes_on_with_what_is_missing(
     assert status == 0 and "2 cells run, 2 were finished before, 0 failed" in err, err
     assert records.read_bytes().startswith(kept)
     found = [(item.impl, item.config["train"]["steps"]) for item in read(records) if isinstance(item, Record)]
-    assert sorted(found) == [("ddp", 2), ("ddp", 300), ("floor", 2), ("floor", 300)]
+    assert sorted(found) == [("ddp", 2), ("ddp", 150), ("floor", 2), ("floor", 150)]
 
 
 @needs_slurm
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_slurm_starts_a_task_again_that_lost_its_node(cluster: slurm_cluster.Cluster, tmp_path: Path) -> None:
-    (tmp_path / "sweep.yaml").write_text(SWEEP.replace("[2, 300]", "[300]"))
+    (tmp_path / "sweep.yaml").write_text(SWEEP.replace("[2, 150]", "[150]"))
     running = suite("sweep", "sweep.yaml", "--out", "out", cluster=cluster, folder=tmp_path)
     try:
         until(lambda: "timing step" in log_of(tmp_path, 1), 60)
