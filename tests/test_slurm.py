@@ -251,25 +251,6 @@ def test_a_sweep_that_lost_a_node_goes_on_with_what_is_missing(
     assert sorted(found) == [("ddp", 2), ("ddp", 150), ("floor", 2), ("floor", 150)]
 
 
-@needs_slurm
-@pytest.mark.slow
-@pytest.mark.timeout(420)
-def test_slurm_starts_a_task_again_that_lost_its_node(cluster: slurm_cluster.Cluster, tmp_path: Path) -> None:
-    (tmp_path / "sweep.yaml").write_text(SWEEP.replace("[2, 150]", "[150]"))
-    running = suite("sweep", "sweep.yaml", "--out", "out", cluster=cluster, folder=tmp_path)
-    try:
-        until(lambda: "timing step" in log_of(tmp_path, 1), 60)
-        cluster.lose_node("node2")
-        until(lambda: "PENDING" in cluster.client("squeue", "-h", "-r", "-o", "%T"), 30)
-        cluster.start_node("node2")
-        cluster.wait_for("idle", "idle")
-        status, _, err = finish(running, timeout=300)  # Slurm waits for two minutes
-    finally:
-        running.kill()
-    assert status == 0 and "2 cells run, 0 were finished before, 0 failed" in err, err
-    assert len(read(tmp_path / "out" / "records.jsonl")) == 2
-
-
 def until(condition, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
