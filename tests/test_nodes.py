@@ -75,6 +75,7 @@ def test_a_slow_pair_of_nodes_is_named() -> None:
     assert not slow.ok and "c and d" in slow.remedy
 
 
+@pytest.mark.slow
 def test_the_doctor_measures_every_pair_of_nodes(tmp_path: Path) -> None:
     printed = torchrun("-m", "suite.cli", "doctor", "--cluster", folder=tmp_path, nodes=3, ranks_per_node=1)
     for what in ("3 nodes", "links between nodes", "slowest pair", "clocks"):

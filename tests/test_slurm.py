@@ -149,10 +149,11 @@ def test_cohorts_of_different_sizes_share_the_limit_on_nodes(tmp_path: Path) -> 
     assert {"--nodes=4", "--array=4-6%2"} <= {*directives(large)}
 
 
-def test_every_sweep_of_the_project_can_go_to_slurm() -> None:
-    for path in sorted((CONFIGS / "sweeps").glob("*.yaml")):
+def test_a_sweep_written_for_other_testbeds_can_go_to_slurm() -> None:
+    for name in ("mics_peers", "reproduce_quick"):
         nothing = {"testbed.dilation": None, "testbed.ranks": None}
         where = {"testbed": "slurm", "testbed.nodes": 2, "testbed.ranks_per_node": 2, **nothing}
+        path = CONFIGS / "sweeps" / f"{name}.yaml"
         cohorts = [cohort for cohort in read_sweep(path, where) if cohort.kind != "project"]
         assert {cell.world_size for cohort in cohorts for cell in cohort.cells} <= {4}
 
@@ -173,13 +174,15 @@ def test_a_job_is_submitted_run_and_collected(cluster: slurm_cluster.Cluster, tm
 
 
 @needs_slurm
+@pytest.mark.slow
 def test_a_rank_that_fails_is_reported_from_the_job(cluster: slurm_cluster.Cluster, tmp_path: Path) -> None:
     words = ["run", "impl=ddp", *ON_SLURM, "testbed.timeout_s=0.0001"]
     status, _, err = finish(suite(*words, cluster=cluster, folder=tmp_path))
-    assert status == 3 and "did not answer within 0.0001 s in step" in err
+    assert status == 3 and "made no progress for 0.0001 s in step" in err
 
 
 @needs_slurm
+@pytest.mark.slow
 def test_a_job_that_ends_without_a_result_is_reported_with_its_last_words(
     cluster: slurm_cluster.Cluster,
     tmp_path: Path,
@@ -189,13 +192,14 @@ def test_a_job_that_ends_without_a_result_is_reported_with_its_last_words(
     monkeypatch.setattr(slurm_sweep, "GRACE_S", 1.0)
     monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
     words = [word for word in ON_SLURM if not word.startswith("workload.data")]
-    assert main(["check", *words, "workload.data=no/such/text", f"out={tmp_path}"]) == 3
+    assert main(["run", *words, "workload.data=no/such/text", f"out={tmp_path}"]) == 3
     printed = capsys.readouterr().err
     assert "ended without a result (FAILED)" in printed and "no/such/text" in printed
     assert not (tmp_path / "records.jsonl").exists()
 
 
 @needs_slurm
+@pytest.mark.slow
 def test_the_doctor_looks_at_all_nodes(cluster: slurm_cluster.Cluster, tmp_path: Path) -> None:
     words = ["doctor", "--cluster", "testbed=slurm", "testbed.nodes=2", f"out={tmp_path}"]
     status, out, err = finish(suite(*words, cluster=cluster, folder=tmp_path))
@@ -212,7 +216,7 @@ stages:
       workload: {data: synthetic, model: {layers: 1, hidden: 64, intermediate: 64}}
       testbed: {name: slurm, nodes: 2, ranks_per_node: 1, max_nodes: 2}
       train: {warmup: 0}
-    grid: {train.steps: [2, 300]}
+    grid: {train.steps: [2, 150]}
 """
 
 
@@ -244,26 +248,7 @@ def test_a_sweep_that_lost_a_node_goes_on_with_what_is_missing(
     assert status == 0 and "2 cells run, 2 were finished before, 0 failed" in err, err
     assert records.read_bytes().startswith(kept)
     found = [(item.impl, item.config["train"]["steps"]) for item in read(records) if isinstance(item, Record)]
-    assert sorted(found) == [("ddp", 2), ("ddp", 300), ("floor", 2), ("floor", 300)]
-
-
-@needs_slurm
-@pytest.mark.slow
-@pytest.mark.timeout(420)
-def test_slurm_starts_a_task_again_that_lost_its_node(cluster: slurm_cluster.Cluster, tmp_path: Path) -> None:
-    (tmp_path / "sweep.yaml").write_text(SWEEP.replace("[2, 300]", "[300]"))
-    running = suite("sweep", "sweep.yaml", "--out", "out", cluster=cluster, folder=tmp_path)
-    try:
-        until(lambda: "timing step" in log_of(tmp_path, 1), 60)
-        cluster.lose_node("node2")
-        until(lambda: "PENDING" in cluster.client("squeue", "-h", "-r", "-o", "%T"), 30)
-        cluster.start_node("node2")
-        cluster.wait_for("idle", "idle")
-        status, _, err = finish(running, timeout=300)  # Slurm waits for two minutes
-    finally:
-        running.kill()
-    assert status == 0 and "2 cells run, 0 were finished before, 0 failed" in err, err
-    assert len(read(tmp_path / "out" / "records.jsonl")) == 2
+    assert sorted(found) == [("ddp", 2), ("ddp", 150), ("floor", 2), ("floor", 150)]
 
 
 def until(condition, timeout_s: float) -> None:
