@@ -48,6 +48,8 @@ report: setup
 	@for method in zero3 'mics impl.options.partition_size=8' deepspeed-zero3; do \
 	    $(BIN)/suite project --scaling impl=$$method workload=bert-10b cluster=p4d train.micro_batch=8 \
 	        --out $(RESULTS)/projection > /dev/null || exit; done
+	@if grep -qE '"evidence": "emulated", "impl": "(zero3|mics)"' $(RESULTS)/records.jsonl; then \
+	    $(BIN)/suite project --emulated $(RESULTS) --out $(RESULTS)/projection > /dev/null; fi
 	@$(BIN)/suite report $(RESULTS) $(RESULTS)/projection --out $(REPORT)
 
 test: setup

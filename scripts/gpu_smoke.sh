@@ -51,11 +51,12 @@ step -m suite.cli doctor
 if "$python" -c 'import pytest' 2> /dev/null; then
   step -m pytest -q tests/test_devices.py tests/test_side_stream.py
 fi
-step -m suite.cli sweep configs/sweeps/gpu_smoke.yaml --out "$out" testbed.ranks=$ranks "${options[@]}"
+sweep() { step -m suite.cli sweep "configs/sweeps/$1.yaml" --out "$out" wandb.mode=disabled "${@:2}"; }
+sweep gpu_smoke testbed.ranks=$ranks "${options[@]}"
+[ "$ranks" -lt 2 ] || sweep gpu_smoke_ranks testbed.ranks=$ranks "${options[@]}"
 if [ "$ranks" -ge 4 ] || [ -n "$cpu" ]; then
-  step -m suite.cli sweep configs/sweeps/gpu_smoke_nodes.yaml --out "$out" \
-    testbed.nodes=2 testbed.ranks=$((ranks < 4 ? 4 : ranks)) impl.options.partition_size=$((ranks < 4 ? 4 : ranks)) \
-    "${options[@]}"
+  [ "$ranks" -ge 4 ] || ranks=4
+  sweep gpu_smoke_nodes testbed.nodes=2 testbed.ranks=$ranks impl.options.partition_size=$ranks "${options[@]}"
 fi
 [ $status -eq 0 ] && echo "gpu_smoke: all is well; see $out/records.jsonl"
 exit $status

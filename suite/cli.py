@@ -224,11 +224,11 @@ def _project(parsed: argparse.Namespace) -> int:
     from suite.projection import commands
 
     if parsed.emulated is not None:
-        stdout.print(commands.against_emulation(_read_results(parsed.emulated), parsed.markdown))
-        return 0
-    records, shown = commands.answer(
-        parsed.options, commands.Question.of(parsed), parsed.trace, parsed.markdown
-    )
+        records, shown = commands.against_emulation(_read_results(parsed.emulated), parsed.markdown)
+    else:
+        records, shown = commands.answer(
+            parsed.options, commands.Question.of(parsed), parsed.trace, parsed.markdown
+        )
     for record in records if parsed.out is not None else ():
         append(parsed.out / "records.jsonl", record)
     if parsed.json:
@@ -292,7 +292,8 @@ def _overrides(words: Sequence[str]) -> dict[str, object]:
     for word in words:
         if "=" not in word:
             raise UsageError(f"{word!r} is not an option; options are written key=value")
-    return {word.partition("=")[0]: OmegaConf.create({"v": word.partition("=")[2]}).v for word in words}
+    pairs = (word.split("=", 1) for word in words)
+    return {key: OmegaConf.from_dotlist([f"value={text}"]).value for key, text in pairs}
 
 
 @contextmanager
@@ -353,7 +354,7 @@ def _report(parsed: argparse.Namespace) -> int:
         folders = export_tensorboard(records, parsed.tensorboard)
         stdout.print(f"{len(folders)} runs; tensorboard --logdir {parsed.tensorboard}", soft_wrap=True)
     if parsed.out is not None or not any(others):
-        _write_page(records, parsed.out or Path("report"))
+        _write_page(records, parsed.out or Path("report"), parsed.results)
     if parsed.wandb is not None:
         from suite.reports.build import WANDB_REPORT
 
@@ -362,11 +363,12 @@ def _report(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _write_page(records: Sequence[AnyRecord], out: Path) -> None:
+def _write_page(records: Sequence[AnyRecord], out: Path, results: Sequence[Path]) -> None:
     from suite.reports.build import build_report
     from suite.reports.descriptions import registered
+    from suite.reports.timelines import read_timelines
 
-    index = build_report(records, out, registered())
+    index = build_report(records, out, registered(), read_timelines(results))
     stdout.print(f"report: {index}", soft_wrap=True)
 
 

@@ -149,7 +149,9 @@ class ProjectionRecord:
     `exposed_comm_s` what it waits. `memory` holds bytes by what they are for, and the limit.
     `assumptions` are the numbers that the model took for granted, by name. A record that stands for a
     published number carries it in `published`: what, quantity, role (fitted or predicted), the
-    published and the projected value, error, source, and what of the conditions is ours.
+    published and the projected value, error, source, and what of the conditions is ours. A record that
+    stands for an emulated run, on that run's links and paces, names it in `stands_for`: its config_hash,
+    cohort and stage; times and bytes are those of the emulated cluster then, undilated.
     """
 
     impl: str
@@ -182,6 +184,7 @@ class ProjectionRecord:
     config_hash: str
     started_at: str
     published: dict[str, Any] | None = None
+    stands_for: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     env: dict[str, Any] = field(default_factory=dict)
     stage: str = ""

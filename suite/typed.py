@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -19,7 +20,7 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{kind.__name__} is {_shown(values)}, not an object")
-    hints = get_type_hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]
     given: dict[str, Any] = {}
     for item in dataclasses.fields(kind):  # type: ignore[arg-type]
         if item.name not in values:
@@ -59,6 +60,11 @@ def fits(value: Any, hint: Any) -> bool:
 
 def _fits_inside(item: Any, hint: Any) -> bool:
     return fits(item, hint) or (hint is float and item is None)
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _shown(value: Any) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from suite.impls.sharded import shard
+from suite.impls.sharded.optimizer import NOT_ELEMENT_WISE
 from suite.impls.sharded.options import EngineOptions
 from suite.testbeds.testbed import RankContext
 
@@ -170,7 +171,7 @@ def with_evaluation(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
-SCENARIOS: dict[str, tuple[type[nn.Module], Loss]] = {
+SCENARIOS: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
     "plain": (Stack, one_forward),
     "tied": (Tied, one_forward),
     "called twice": (CalledTwice, one_forward),
@@ -184,11 +185,13 @@ SCENARIOS: dict[str, tuple[type[nn.Module], Loss]] = {
     "two forwards": (Stack, two_forwards),
     "evaluation": (Stack, with_evaluation),
 }
+SETTINGS: dict[str, dict[str, float]] = {"AdamW": {"weight_decay": 0.1}, "SGD": {"momentum": 0.9}}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1),
-    "sgd": partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
-    "rmsprop": partial(torch.optim.RMSprop, lr=1e-2),
+    name.lower(): partial(kind, lr=1e-2, **SETTINGS.get(name, {}))
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and kind is not torch.optim.Optimizer and not issubclass(kind, NOT_ELEMENT_WISE)
 }
+"""All of torch's element-wise ones."""
 
 
 def batch_of(rank: int, step: int, micro_step: int) -> Tensor:
@@ -205,6 +208,8 @@ def groups(model: nn.Module) -> list[dict]:
 
 class Program:
     """One rank that trains a scenario both ways."""
+
+    scenarios = SCENARIOS
 
     def __init__(self, context: RankContext) -> None:
         self._rank = context.rank
@@ -228,7 +233,7 @@ class Program:
         Ranks' and micro-steps' losses differ by orders of magnitude: one that is lost or counted
         twice shows.
         """
-        kind, loss_of = SCENARIOS[scenario]
+        kind, loss_of = self.scenarios[scenario]
         torch.manual_seed(7)
         plain = kind()
         sharded = copy.deepcopy(plain)
@@ -257,7 +262,7 @@ class Program:
                 is_last = LAST[last](micro_steps - 1 - micro_step)
                 engine.backward(weight(self._rank, micro_step) * loss, is_last)
             gradients = {
-                name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+                name: torch.zeros_like(p) if p.grad is None else p.grad.clone().to_dense()
                 for name, p in plain.named_parameters()
                 if p.requires_grad
             }

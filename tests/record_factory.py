@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from dataclasses import replace
@@ -233,10 +234,57 @@ def emulated(
         inter_node_bytes_per_node=int(sent),
         exposed_comm_s=0.1 * step_s,
         config=settings,
+        config_hash=hashlib.sha256(f"{nodes} {gbit_s} {settings}".encode()).hexdigest()[:16],
         cohort=f"emulated on {nodes} nodes",
         stage="weak scaling",
     )
-    return replace(record, **changes)
+    details = {**scale_details(gbit_s, micro_steps), **changes.pop("details", {})}
+    return replace(record, details=details, **changes)
+
+
+def scale_details(gbit_s: float = 100.0, micro_steps: int = 1) -> dict[str, float]:
+    """Of a scale model with a dilation of 10: blocks of 0.18 s per micro-step, 25 MB/s at 100 Gbit/s."""
+    return {
+        "dilation": 10.0,
+        "paced_host_s": 1.8 * micro_steps,
+        "emulated_link_mbit_per_s": 0.2 * gbit_s,
+        "block_forward_s": 0.01,
+    }
+
+
+def network_sweep() -> list[Record]:
+    """MiCS that needs little of the network, ZeRO-3 that needs more, on three bandwidths."""
+    return [
+        emulated(
+            impl, 4, 0.19 + seconds * 100 / speed, sent, gbit_s=speed, stage="sweep", cohort=f"at {speed}"
+        )
+        for speed in (25.0, 100.0, 400.0)
+        for impl, seconds, sent in (
+            ("floor", 0.0, 0.0),
+            ("mics", 0.01, 1e6),
+            ("deepspeed-zero2", 0.03, 2e6),
+            ("deepspeed-zero3", 0.2, 4e6),
+        )
+    ]
+
+
+def two_hops() -> list[Record]:
+    """1, 2 and 4 micro-steps; without two hops each pays for its own hop 2."""
+    gathers, hop2 = 3e6, 2 * 0.75 * 4e6
+    return [
+        emulated(
+            "mics",
+            4,
+            0.19 * steps + 0.02 * sums,
+            gathers * steps + hop2 * sums,
+            options=options,
+            micro_steps=steps,
+            stage="two hops",
+            cohort=f"{steps} micro-steps",
+        )
+        for steps in (1, 2, 4)
+        for options, sums in (({}, 1), ({"two_hop": False}, steps))
+    ]
 
 
 def weak_scaling() -> list[Record]:
@@ -354,15 +402,32 @@ def long_training() -> list[Record]:
     ]
 
 
+def stand_in(run: Record, step_s: float, **changes: Any) -> ProjectionRecord:
+    """A projection of that run of the emulated cluster."""
+    return projection(
+        run.impl,
+        run.world_size,
+        config=run.config,
+        config_hash=run.config_hash,
+        step_time_s=step_s,
+        stands_for={"config_hash": run.config_hash, "cohort": run.cohort, "stage": run.stage},
+        **changes,
+    )
+
+
 def full_report() -> list[AnyRecord]:
     """Something for every section of the report."""
+    ablation = mics_ablation()
     base = [run("zero3"), *(run("zero3", options={key: False}) for key in ("coalesced", "one_kernel_norm"))]
     return [
         *cohort(["floor", "ddp", "zero3", "mics"]),
         *(replace(item, cohort="ablation") for item in base),
         *long_training(),
         *weak_scaling(),
-        *mics_ablation(),
+        *ablation,
+        *network_sweep(),
+        *two_hops(),
+        *(stand_in(item, 0.3) for item in ablation),
         *projections(),
         check("zero3"),
         check("mics", ok=False),

@@ -319,6 +319,26 @@ def test_nothing_in_a_checkpoint_is_pickled_and_nothing_is_unpickled(
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_checkpoint_does_not_carry_the_choice_of_the_optimizer_s_kernel(
+    tmp_path: Path, fused: bool
+) -> None:
+    """The device that continues may have another one than the device that saved."""
+    model, optimizer, scheduler = make()
+    for group in optimizer.param_groups:
+        group["fused"] = not fused
+    train_plain(model, optimizer, scheduler, 0, 2)
+    checkpoint.save_plain(tmp_path / "saved", model, optimizer, 2, scheduler)
+    again, other, its_scheduler = make()
+    for group in other.param_groups:
+        group["fused"] = fused
+    assert checkpoint.load_plain(tmp_path / "saved", again, other, its_scheduler) == 2
+    assert [group["fused"] for group in other.param_groups] == [fused, fused]
+    for parts in ((model, optimizer, scheduler), (again, other, its_scheduler)):
+        train_plain(*parts, 2, 2)
+    assert compare(dict(again.named_parameters()), dict(model.named_parameters())) < 1e-6
+
+
 def test_a_checkpoint_that_lost_the_file_of_one_rank_is_refused_by_all(tmp_path: Path) -> None:
     """Its tensors' sizes can still be read off the other ranks' files: what is missing must not stay
     what it was before."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from suite.cli import main
+from suite.cli import _overrides, main
 from suite.impls.registry import IMPLEMENTATIONS
 
 SMALL = ["workload.model.layers=1", "workload.model.hidden=64", "workload.data=synthetic", "testbed.ranks=2"]
@@ -96,3 +96,15 @@ def test_the_doctor_lists_every_implementation(capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr().out
     for name in ("machine", *IMPLEMENTATIONS):
         assert name in printed
+
+
+def test_what_wins_over_a_sweep_file_has_the_type_that_it_would_have_there() -> None:
+    given = _overrides(
+        ["impl.options.partition_size=4", "train.clip=0.5", "train.global_batch=null", "impl=ddp"]
+    )
+    assert given == {
+        "impl.options.partition_size": 4,
+        "train.clip": 0.5,
+        "train.global_batch": None,
+        "impl": "ddp",
+    }

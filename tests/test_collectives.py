@@ -103,7 +103,7 @@ class Program:
         return torch.equal(full, expected) and torch.equal(shard, torch.full((5,), float(self._size)))
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3, 4, 5, 8])
+@pytest.fixture(scope="module", params=range(1, 9))
 def ranks(request: pytest.FixtureRequest) -> Iterator[LocalRanks]:
     with LocalTestbed(request.param, request.param).launch(Program, 60) as running:
         yield running
@@ -111,7 +111,7 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[LocalRanks]:
 
 quick = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 kinds = st.sampled_from(sorted(KINDS))
-dtypes = st.sampled_from([torch.float32, torch.bfloat16])
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
 @quick

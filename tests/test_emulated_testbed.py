@@ -18,6 +18,7 @@ from suite.config import Config, load
 from suite.errors import RankError, UsageError
 from suite.harness.check import check
 from suite.harness.measure import measure
+from suite.harness.timeline import Timeline
 from suite.records import Record
 from suite.testbeds import network
 from suite.testbeds.emulated import EmulatedTestbed
@@ -233,8 +234,14 @@ def configs(*names: str) -> list[Config]:
 
 
 def test_a_record_is_undilated_and_says_what_was_emulated() -> None:
-    floor, zero3 = measure(configs("floor", "zero3"))
+    kept: list[tuple[Record, Timeline]] = []
+    floor, zero3 = measure(configs("floor", "zero3"), keep=lambda *item: kept.append(item))
     assert isinstance(floor, Record) and isinstance(zero3, Record)
+    assert [record for record, _ in kept] == [floor, zero3]
+    for record, timeline in kept:  # of the last timed step, on a clock that its ranks share
+        ends = [span.end_s for spans in timeline.spans for span in spans]
+        assert len(timeline.spans) == record.world_size
+        assert 0.5 < max(ends) / record.step_times_s[-1] < 1.1
     for record in (floor, zero3):
         assert record.evidence == "emulated" and record.details["dilation"] == 4
         assert record.noise["busy_limit"] == 0.6
@@ -250,6 +257,19 @@ def test_a_record_is_undilated_and_says_what_was_emulated() -> None:
     link_bytes_s = zero3.details["emulated_link_mbit_per_s"] * 4 * 1e6 / 8
     assert zero3.inter_node_bytes_per_node is not None
     assert zero3.step_time_s.min > 0.97 * zero3.inter_node_bytes_per_node / link_bytes_s
+
+
+def test_what_is_sent_beside_the_blocks_is_counted_by_the_link_itself() -> None:
+    """Only an implementation that gathers ahead sends while its blocks compute."""
+    ahead, blocking = measure(
+        [
+            load([*SMALL, "impl=zero3"]),
+            load([*SMALL, "impl=zero3", "impl.options.fine_grained_sync=false"]),
+        ]
+    )
+    assert isinstance(ahead, Record) and isinstance(blocking, Record)
+    shares = [record.details["sent_while_computing_share"] for record in (ahead, blocking)]
+    assert 0 <= shares[1] < shares[0] <= 1
 
 
 @pytest.mark.slow

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from engine_scenarios import Frozen, Stack, batch_of, one_forward
+from engine_scenarios import Checkpointed, CheckpointedReentrant, Frozen, Stack, batch_of, one_forward
 from torch import Tensor, nn
+from user_models import llama, t5
 
 from suite.config import ModelConfig
 from suite.impls.sharded import Engine, shard
 from suite.impls.sharded.export import save_pretrained
 from suite.impls.sharded.options import EngineOptions
+from suite.impls.sharded.schedule import Op
 from suite.testbeds.local import LocalTestbed
 from suite.testbeds.ranks import LocalRanks
 from suite.testbeds.testbed import RankContext
@@ -63,6 +65,29 @@ class Program:
             engine = shard(model, torch.optim.AdamW(model.parameters(), lr=1e-2), device=torch.device("cpu"))
         parameters = dict(engine.full_parameters())
         return [self._hugging_face_step(engine) for _ in range(3)], parameters, watched.largest
+
+    def meta_buffers(self, kind: str) -> bool:
+        """Whether buffers come out as in a model that was never on meta."""
+        build = {"bert": lambda: build_model(SMALL, seed=0), "llama": llama, "t5": t5}[kind]
+        with torch.device("meta"):
+            model = build()
+        shard(model, torch.optim.SGD(model.parameters(), lr=0.1), device=torch.device("cpu"))
+        expected = dict(build().named_buffers())
+        return all(torch.equal(buffer, expected[name]) for name, buffer in model.named_buffers())
+
+    def meta_buffer_without_initialisation(self) -> str:
+        class Masked(nn.Linear):
+            def __init__(self) -> None:
+                super().__init__(3, 3)
+                self.register_buffer("mask", torch.ones(3))
+
+        with torch.device("meta"):
+            model = Masked()
+        try:
+            shard(model, torch.optim.SGD(model.parameters(), lr=1.0), device=torch.device("cpu"))
+        except ValueError as error:
+            return str(error)
+        return "nothing was raised"
 
     def meta_without_initialisation(self) -> str:
         class Bare(Stack):
@@ -133,6 +158,24 @@ class Program:
         block = engine.units[1].nbytes
         return engine.statistics.peak_gathered_bytes, block, engine.units[0].nbytes
 
+    def gathers_in_time(self, reentrant: bool) -> list[str]:
+        """Blocks that are gathered only when they are needed, by what is to be done in a micro-step."""
+        torch.manual_seed(0)
+        model = CheckpointedReentrant() if reentrant else Checkpointed()
+        engine = shard(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        for step in range(2):
+            engine.backward(one_forward(model, batch_of(self._rank, step, 0)))
+            engine.step()
+        schedule = engine.scheduler.schedule
+        assert schedule is not None
+        blocks = [event for event in schedule.events if event.phase.needs_weights and event.unit]
+        assert [event.unit for event in blocks] == [1, 2, 3, 3, 2, 1]
+        return [
+            f"{event.phase.value} of {event.unit}"
+            for event, actions in zip(schedule.events, schedule.actions, strict=True)
+            if event.unit and any(act.op is Op.GATHER and event.unit in act.units for act in actions)
+        ]
+
     def frozen_is_released(self) -> bool:
         """Whether a frozen block's weights are gone while the backward of earlier blocks still runs."""
         torch.manual_seed(0)
@@ -182,6 +225,16 @@ def test_a_model_on_meta_is_initialised_shard_by_shard_alike_on_all_ranks(ranks:
     assert 0.015 < embedding.std().item() < 0.025, "not the model's own initialisation"
 
 
+@pytest.mark.parametrize("kind", ["bert", "llama", "t5"])
+def test_buffers_on_meta_come_out_as_if_they_had_not_been_there(ranks: LocalRanks, kind: str) -> None:
+    assert all(ranks.call("meta_buffers", kind, timeout_s=60))
+
+
+def test_a_meta_buffer_that_nothing_fills_is_named(ranks: LocalRanks) -> None:
+    answer = ranks.call("meta_buffer_without_initialisation", timeout_s=60)[0]
+    assert "buffer mask of Masked is on the meta device" in answer
+
+
 def test_a_meta_module_that_cannot_be_initialised_is_named(ranks: LocalRanks) -> None:
     assert (
         "Bare is on the meta device and has no reset_parameters"
@@ -203,6 +256,11 @@ def test_no_more_is_gathered_than_the_units_in_flight(ranks: LocalRanks, prefetc
     peak, block, root = ranks.call("peak_gathered", 8, prefetch, timeout_s=60)[0]
     # The root, the block that is computed, those ahead, and a neighbour that is released after.
     assert peak <= root + (1 + max(prefetch, 1)) * block
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks_are_gathered_ahead(ranks: LocalRanks, reentrant: bool) -> None:
+    assert ranks.call("gathers_in_time", reentrant, timeout_s=60)[0] == []
 
 
 def test_a_frozen_unit_is_released_before_the_end_of_backward(ranks: LocalRanks) -> None:

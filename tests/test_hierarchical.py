@@ -83,7 +83,7 @@ class Program:
         return flat
 
 
-@pytest.fixture(scope="module", params=[4, 6, 8])
+@pytest.fixture(scope="module", params=range(1, 9))
 def ranks(request: pytest.FixtureRequest) -> Iterator[LocalRanks]:
     with LocalTestbed(request.param, request.param).launch(Program, 60) as running:
         yield running
@@ -96,7 +96,7 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[LocalRanks]:
     stock=st.booleans(),
     in_rank_order=st.booleans(),
     shard_numel=st.integers(1, 40),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 def test_gather_and_reduce_scatter_are_right_for_any_shape_of_nodes(
     ranks: LocalRanks,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
-from engine_scenarios import LAST, Program
+import torch
+from engine_scenarios import LAST, Program, Stack, batch_of, one_forward
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from suite.impls import registry
 from suite.impls.sharded.options import EngineOptions
+from suite.impls.trainer import Recipe, Topology
 from suite.testbeds.local import LocalTestbed
 from suite.testbeds.ranks import LocalRanks
 
@@ -19,8 +23,37 @@ BASE = EngineOptions(poison=True, hierarchical=True)
 
 @pytest.fixture(scope="module", params=[4, 6, 8])
 def ranks(request: pytest.FixtureRequest) -> Iterator[LocalRanks]:
-    with LocalTestbed(request.param, request.param).launch(Program, 60) as running:
+    with LocalTestbed(request.param, request.param).launch(MicsProgram, 60) as running:
         yield running
+
+
+def build_stack() -> Stack:
+    torch.manual_seed(3)
+    return Stack()
+
+
+@dataclass
+class Batch:
+    rank: int
+    step: int
+    micro_step: int
+
+    def loss(self, model: torch.nn.Module) -> torch.Tensor:
+        return one_forward(model, batch_of(self.rank, self.step, self.micro_step))
+
+
+class MicsProgram(Program):
+    def trained(self, name: str, ranks_per_node: int, options: dict[str, Any]) -> list[torch.Tensor]:
+        """All losses, then all parameters, of some steps by a registered implementation."""
+        topology = Topology(self._rank, self._size, ranks_per_node)
+        trainer = registry.build(name, build_stack, Recipe(micro_steps=2, clip=0.1), topology, options)
+        losses = [
+            trainer.train_step([Batch(self._rank, step, micro_step) for micro_step in range(2)]).loss
+            for step in range(5)
+        ]
+        parameters = list(trainer.full_parameters().values())
+        trainer.close()
+        return [torch.tensor(losses), *parameters]
 
 
 @st.composite
@@ -89,3 +122,15 @@ def test_a_model_of_one_unit_adds_its_micro_steps_up_in_order(
             "difference", "no blocks", "adamw", options, micro_steps, None, 2, None, "as it is", timeout_s=60
         )
         assert max(answers) < 5e-5
+
+
+@pytest.mark.parametrize("ranks_per_node", [2, None], ids=["nodes of two", "one node"])
+def test_one_partition_group_is_bitwise_zero3(ranks: LocalRanks, ranks_per_node: int | None) -> None:
+    """Between nodes with the same, flat, collectives: two stages add up in another order."""
+    world = len(ranks.pids())
+    per_node = ranks_per_node or world
+    options = {"partition_size": world, "hierarchical": per_node == world}
+    zero3 = ranks.call("trained", "zero3", per_node, {}, timeout_s=60)
+    mics = ranks.call("trained", "mics", per_node, options, timeout_s=60)
+    for ours, theirs in zip(mics, zero3, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))

@@ -10,7 +10,8 @@ from record_factory import run
 from suite.config import load
 from suite.errors import UsageError
 from suite.projection.against_emulation import compare
-from suite.records import Record, Spread
+from suite.projection.record import emulated_records
+from suite.records import Record, Spread, from_json, to_json
 
 DETAILS = {"dilation": 10.0, "emulated_link_mbit_per_s": 201.0, "block_forward_s": 0.01065}
 
@@ -41,11 +42,23 @@ def test_what_was_seen_on_an_emulated_cluster_is_projected_within_a_tenth() -> N
         assert abs(row.bytes_error) < 0.01
 
 
+def test_a_projection_of_a_run_names_it_and_keeps_its_configuration() -> None:
+    run = emulated("mics", 0.229, 29.246e6, partition_size=2)
+    (record,) = emulated_records(compare([run]))
+    assert record.stands_for == {"config_hash": run.config_hash, "cohort": run.cohort, "stage": run.stage}
+    assert record.evidence == "projected" and record.config == run.config and record.hierarchical
+    assert record.compute_s + record.exposed_comm_s == pytest.approx(record.step_time_s)
+    flops = run.model_tflops_per_gpu * run.step_time_s.median
+    assert record.model_tflops_per_gpu * record.step_time_s == pytest.approx(flops)
+    assert from_json(to_json(record)) == record
+
+
 def test_other_methods_and_other_testbeds_are_left_out() -> None:
     with pytest.raises(UsageError, match="no records of zero3 or mics on an emulated cluster"):
         compare(
             [
                 emulated("hsdp", 0.3, 1e6, partition_size=2),
                 replace(emulated("zero3", 0.3, 1e6), evidence="measured"),
+                emulated("zero3", 0.3, 1e6, stock_collectives=True),
             ]
         )

@@ -22,7 +22,19 @@ from suite.reports.sections.resources import resources_table
 from suite.reports.sections.throughput import brief_table, throughput_table
 from suite.reports.sections.traffic import counts, traffic_table
 
-SECTIONS = ("weak-scaling", "projected", "traffic", "ablations", "convergence", "memory")
+SECTIONS = (
+    "weak-scaling",
+    "headline",
+    "networks",
+    "hierarchical",
+    "two-hops",
+    "bounds",
+    "projected",
+    "traffic",
+    "ablations",
+    "convergence",
+    "memory",
+)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,10 +122,10 @@ def test_an_interrupted_sweep_loses_only_the_cohort_that_was_running(
 ) -> None:
     cohorts, measure = read_sweep(sweep_file), sweep_module.measure
 
-    def interrupted(cells: list, say: object, place: object) -> list:
+    def interrupted(cells: list, *others: Any) -> list:
         if cells[0].train.micro_steps == 2:
             raise KeyboardInterrupt
-        return measure(cells, say, place)  # type: ignore[arg-type]
+        return measure(cells, *others)
 
     monkeypatch.setattr(sweep_module, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):

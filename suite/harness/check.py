@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from suite.config import Config
+from suite.config import Config, TestbedConfig
 from suite.harness.environment import environment
 from suite.harness.launch import Place, launch, prepare, step_timeout_s, testbed_of
 from suite.harness.worker import build_trainer, make_pacer, model_builder, recipe_of
@@ -96,6 +96,22 @@ class CheckWorker:
         self._trainer.close()
 
 
+class ChecksWorker:
+    """One rank's program for many checks, one after the other."""
+
+    def __init__(self, context: RankContext) -> None:
+        self._context = context
+
+    def run(self, config: Config, reference_file: str) -> Differences:
+        worker = CheckWorker(config, replace(self._context, ranks_per_node=config.ranks_per_node))
+        for _ in range(STEPS):
+            worker.step()
+        found = worker.compare(reference_file)
+        self._context.barrier()  # nobody leaves while another one still receives
+        worker.close()
+        return found
+
+
 class ReferenceWorker:
     """The reference, run in a process of its own so that the parent stays free to fork."""
 
@@ -131,7 +147,8 @@ class References:
         """The reference of this training in that precision, whatever the configuration's own; with
         `device_type` None on an accelerator, where there is one."""
         train = replace(config.train, precision=precision)
-        key = Config(workload=config.workload, train=train, testbed=config.testbed).hash()
+        ranks = TestbedConfig(ranks=config.world_size)  # how they stand does not matter
+        key = Config(workload=config.workload, train=train, testbed=ranks).hash()
         path = Path(self._folder.name).resolve() / f"{key}-{device_type}.safetensors"
         if not path.exists():
             _write_reference(config, precision, device_type, path)
@@ -147,21 +164,48 @@ def check(config: Config, references: References | None = None, place: Place = t
         with References() as references:
             return check(config, references, place)
     prepare(config, place)
-    started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    reference = references.file(config, "fp32")
-    precision, device_type = config.train.precision, testbed_of(config).device_type
-    on_accelerator = device_type is None and accelerator_type() is not None
-    tolerance = dict(FP32_TOLERANCE) if precision == "fp32" else dict.fromkeys(FP32_TOLERANCE, 0.0)
-    if precision != "fp32" or on_accelerator:
-        plain = references.file(config, precision, None if on_accelerator else "cpu")
-        own_error = compare(ReferenceRun.load(plain), ReferenceRun.load(reference)).limits()
-        tolerance = {key: max(limit, OWN_ERROR_FACTOR * own_error[key]) for key, limit in tolerance.items()}
+    started_at = _now()
+    reference, tolerance = _expected(config, references, place(config).device_type)
     with launch(config, CheckWorker, place) as ranks:
         for step in range(STEPS):
             ranks.call("step", timeout_s=step_timeout_s(config, step))
         answers = ranks.call("compare", str(reference), timeout_s=config.testbed.timeout_s)
     env = environment() | place(config).conditions()
     return _record(config, _worst_of(answers), tolerance, env, started_at)
+
+
+def check_all(configs: Sequence[Config], references: References) -> Iterator[CheckRecord]:
+    """The same of many configurations on this host, all of one world size: the same ranks check one
+    after the other, which saves starting them. Its errors are those of `check`."""
+    for config in configs:
+        prepare(config)
+    (world_size,) = {config.world_size for config in configs}
+    testbed = LocalTestbed(world_size, world_size)
+    expected = [_expected(config, references, testbed.device_type) for config in configs]
+    with testbed.launch(ChecksWorker, configs[0].testbed.startup_timeout_s) as ranks:
+        for config, (reference, tolerance) in zip(configs, expected, strict=True):
+            started_at = _now()
+            answers = ranks.call("run", config, str(reference), timeout_s=config.testbed.timeout_s)
+            yield _record(config, _worst_of(answers), tolerance, environment(), started_at)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _expected(
+    config: Config, references: References, device_type: str | None
+) -> tuple[Path, dict[str, float]]:
+    """The reference run, and how far from it an implementation may be."""
+    reference = references.file(config, "fp32")
+    precision = config.train.precision
+    on_accelerator = device_type is None and accelerator_type() is not None
+    tolerance = dict(FP32_TOLERANCE) if precision == "fp32" else dict.fromkeys(FP32_TOLERANCE, 0.0)
+    if precision != "fp32" or on_accelerator:
+        plain = references.file(config, precision, None if on_accelerator else "cpu")
+        own_error = compare(ReferenceRun.load(plain), ReferenceRun.load(reference)).limits()
+        tolerance = {key: max(limit, OWN_ERROR_FACTOR * own_error[key]) for key, limit in tolerance.items()}
+    return reference, tolerance
 
 
 def compare(run: ReferenceRun, reference: ReferenceRun) -> Differences:

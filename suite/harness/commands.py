@@ -4,7 +4,7 @@ started, or in Slurm jobs."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from suite.config import Config, load
@@ -17,7 +17,7 @@ from suite.harness.launch import Place, on_seats, testbed_of
 from suite.harness.measure import Failure, Say, measure
 from suite.harness.slurm_jobs import scripts
 from suite.harness.slurm_sweep import run_on_slurm, run_once
-from suite.harness.sweep import Cohort, Outcome, Progress, run_sweep
+from suite.harness.sweep import Cohort, Outcome, Progress, keep_timeline, run_sweep
 from suite.harness.task import Result, examine_task, read_task, run_task
 from suite.records import AnyRecord, CheckRecord, ProjectionRecord
 from suite.testbeds.torchrun import Seats, TorchrunTestbed
@@ -44,7 +44,8 @@ class Commands:
             return _from_a_job("run", config, say).records[0]
         if is_elastic(config):
             return train_elastically(config, say)
-        (result,) = measure([config], say, self._place)
+        keep = partial(keep_timeline, Path(config.out)) if config.out is not None else lambda *_: None
+        (result,) = measure([config], say, self._place, keep)
         if isinstance(result, Failure):
             raise result.error
         return result

@@ -15,6 +15,7 @@ from suite.harness import traffic
 from suite.harness.environment import environment
 from suite.harness.launch import Place, launch, prepare, scale_of, step_timeout_s, testbed_of
 from suite.harness.noise import Noise, noise_between, read_cpu
+from suite.harness.timeline import Timeline, timeline_of
 from suite.harness.worker import Device, Resources, StepMeasurement, Worker
 from suite.records import Record, Spread
 from suite.testbeds.testbed import Ranks, Testbed
@@ -27,6 +28,9 @@ BUSY_WARNING = "noisy: this host's own processors were too busy to emulate; rais
 
 Say = Callable[[str], None]
 """Receives what is being done, for a progress display."""
+
+Keep = Callable[[Record, Timeline], None]
+"""Receives the last timed step of a paced run, for whoever wants to keep it."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,18 @@ class Team:
         timeout_s = step_timeout_s(self.config, len(self.steps))
         self.steps.append(self.ranks.call("step", timeout_s=timeout_s))
 
+    def last_step(self) -> None:
+        """Where steps are paced, a log of it costs too little to be seen in its time."""
+        method = "traced_step" if scale_of(self.config) else "step"
+        timeout_s = step_timeout_s(self.config, len(self.steps))
+        self.steps.append(self.ranks.call(method, timeout_s=timeout_s))
+
+    def timeline(self) -> Timeline | None:
+        """Of the last timed step; None where steps are not paced."""
+        if scale_of(self.config) is None:
+            return None
+        return timeline_of(self.config, self.ranks.call("trace", timeout_s=self.config.testbed.timeout_s))
+
     def resources(self) -> list[Resources]:
         return self.ranks.call("resources", timeout_s=self.config.testbed.timeout_s)
 
@@ -80,14 +96,25 @@ class Team:
         """Host seconds per step in which a rank's training thread waited for messages: mean over the
         ranks, median over the timed steps. None where no blocks are paced: there it is not known."""
         waits = [
-            [rank.seconds - rank.computing_s for rank in step if rank.computing_s is not None]
+            [rank.seconds - rank.paced.computing_s for rank in step if rank.paced is not None]
             for step in self.steps[self.timed_from :]
         ]
         return median(map(mean, waits)) if all(waits) else None
 
+    def sent_computing_share(self) -> float | None:
+        """Of the bytes that left the nodes in the timed steps, the share that did while a rank's training
+        thread computed; mean over the ranks, each of which sees its whole node's link. None where steps
+        are not paced or nothing left."""
+        paced = [rank.paced for step in self.steps[self.timed_from :] for rank in step if rank.paced]
+        sent = sum(item.sent_bytes for item in paced)
+        return sum(item.sent_computing_bytes for item in paced) / sent if sent else None
+
 
 def measure(
-    cohort: Sequence[Config], say: Say = lambda _: None, place: Place = testbed_of
+    cohort: Sequence[Config],
+    say: Say = lambda _: None,
+    place: Place = testbed_of,
+    keep: Keep = lambda _, __: None,
 ) -> list[Record | Failure]:
     """Runs all configurations of a cohort at once, their steps taken in turns (A B C A B C ...).
 
@@ -117,7 +144,11 @@ def measure(
                 break
         assert noise is not None
         cohort_name = name_cohort(cohort[0], started_at)
-        return [*(record_of(team, noise, started_at, cohort_name) for team in teams), *failures]
+        records = [record_of(team, noise, started_at, cohort_name) for team in teams]
+        for team, record in zip(teams, records, strict=True):
+            if (timeline := team.timeline()) is not None:
+                keep(record, timeline)
+        return [*records, *failures]
 
 
 def _require_comparable(cohort: Sequence[Config]) -> None:
@@ -142,7 +173,7 @@ def _timed(teams: list[Team], failures: list[Failure], attempt: int, say: Say) -
     rounds = teams[0].config.train.steps if teams else 0
     for number in range(1, rounds + 1):
         say(f"timing step {number}/{rounds}{again}")
-        teams = _turn(teams, failures, Team.step)
+        teams = _turn(teams, failures, Team.step if number < rounds else Team.last_step)
     noise = noise_between(before, read_cpu(_pids(teams)), attempt)
     if teams:
         noise = replace(noise, busy_limit=teams[0].testbed.busy_limit)
@@ -221,7 +252,7 @@ def record_of(team: Team, noise: Noise, started_at: str, cohort: str) -> Record:
         started_at=started_at,
         cohort=cohort,
         notes=[*team.notes, *team.testbed.notes(), *_warnings(noise)],
-        details=_details(team) | ({} if scale is None else scale.details()),
+        details=_details(team) | ({} if scale is None else scale.details() | _overlap(team)),
         device=device.name,
         peak_tflops=peak,
         mfu=None if peak is None else model_tflops / peak,
@@ -241,6 +272,11 @@ def _warnings(noise: Noise) -> list[str]:
     if noise.disturbed:
         return [NOISE_WARNING]
     return [BUSY_WARNING] if noise.too_busy else []
+
+
+def _overlap(team: Team) -> dict[str, float]:
+    share = team.sent_computing_share()
+    return {} if share is None else {"sent_while_computing_share": share}
 
 
 def _details(team: Team) -> dict[str, float]:

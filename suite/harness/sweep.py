@@ -22,6 +22,7 @@ from suite.errors import SuiteError, UsageError, unknown
 from suite.harness.check import References, check
 from suite.harness.launch import Place, testbed_of
 from suite.harness.measure import Failure, measure
+from suite.harness.timeline import Timeline, write_timeline
 from suite.harness.turns import measure_alone
 from suite.records import AnyRecord, CheckRecord, ProjectionRecord, Record, append, read
 
@@ -30,6 +31,7 @@ Identity = tuple[str, str, str]
 
 KINDS = ("run", "check", "project")
 RECORDS = "records.jsonl"
+TIMELINES = "timelines"
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,14 @@ def run_sweep(
     return outcome
 
 
+def keep_timeline(out: Path, record: Record, timeline: Timeline) -> None:
+    """Keeps a record's last timed step beside the records, for the report and for trace viewers."""
+    name = "-".join([*record.stage.split(), record.impl, record.config_hash])
+    name = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+    about = {key: getattr(record, key) for key in ("impl", "stage", "config_hash", "cohort")}
+    write_timeline(out / TIMELINES / f"{name}.json", timeline, about)
+
+
 def unfinished(cohorts: Iterable[Cohort], finished: Collection[Identity]) -> list[Cohort]:
     """The cohorts with those cells that are not finished."""
     todo = []
@@ -228,9 +238,18 @@ def _run_cohort(
     out: Path,
 ) -> Iterable[Sequence[AnyRecord | Failure]]:
     """What belongs together is yielded together, as soon as it is there."""
+
+    def say(text: str) -> None:
+        clock.say(f"{cohort.title()}: {text}")
+
+    def keep(record: Record, timeline: Timeline) -> None:
+        keep_timeline(out, replace(record, stage=cohort.stage), timeline)
+
     if cohort.kind == "run":
-        how = measure_alone if cohort.cells[0].testbed.alone else measure
-        results = how(cohort.cells, lambda text: clock.say(f"{cohort.title()}: {text}"), place)
+        alone = cohort.cells[0].testbed.alone
+        results = (
+            measure_alone(cohort.cells, say, place) if alone else measure(cohort.cells, say, place, keep)
+        )
         clock.finished(len(cohort.cells), cohort.title())
         yield results
         return

@@ -16,14 +16,15 @@ from suite.harness.peaks import peak_tflops
 from suite.harness.timing import Stopwatch
 from suite.impls import registry
 from suite.impls.blocks import announce_blocks, block_stack
-from suite.impls.trace import Span, Trace
+from suite.impls.trace import Log, Trace
 from suite.impls.trainer import BuildModel, Recipe, Topology, Trainer
+from suite.testbeds.network import INTERFACE
 from suite.testbeds.testbed import RankContext
 from suite.workloads.activations import activation_bytes
 from suite.workloads.attention import attention_kernel
 from suite.workloads.data import open_stream
 from suite.workloads.models import build_model
-from suite.workloads.pacing import Pacer
+from suite.workloads.pacing import PacedStep, Pacer
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,12 @@ class StepMeasurement:
     """One step on one rank; `seconds` from a barrier until the loss is known on the host: the host's,
     or on an accelerator its own (`host_s` is then the host's).
 
-    `computing_s` is the part of it in which the training thread did not wait for messages: it worked,
-    or spent the modelled time of a paced block. None where nothing is paced.
+    `paced` says what went on meanwhile; None where nothing is paced.
     """
 
     seconds: float
     host_s: float
-    computing_s: float | None
+    paced: PacedStep | None
     loss: float
     grad_norm: float
 
@@ -86,7 +86,7 @@ def model_builder(config: Config) -> BuildModel:
 def make_pacer(config: Config, trace: Trace) -> Pacer | None:
     """What slows this rank's blocks down to the device that the testbed emulates, if it does."""
     scale = scale_of(config)
-    return None if scale is None else Pacer(scale.block, trace)
+    return None if scale is None else Pacer(scale.block, trace, traffic.LinkCounter(INTERFACE).read)
 
 
 def build_trainer(config: Config, context: RankContext, pacer: Pacer | None, trace: Trace) -> Trainer:
@@ -154,15 +154,19 @@ class Worker:
         self._stopwatch.start()
         result = self._trainer.train_step(batches)
         elapsed = self._stopwatch.stop()
-        computing_s = None if self._pacer is None else self._pacer.end_step()
-        return StepMeasurement(elapsed.seconds, elapsed.host_s, computing_s, result.loss, result.grad_norm)
+        paced = None if self._pacer is None else self._pacer.end_step()
+        return StepMeasurement(elapsed.seconds, elapsed.host_s, paced, result.loss, result.grad_norm)
 
-    def traced_step(self) -> list[Span]:
-        """One optimizer step, and what happened in it on this rank."""
-        self._trace.recording = True
-        self.step()
+    def traced_step(self) -> StepMeasurement:
+        """One optimizer step with a log of what happens in it on this rank."""
+        self._trace.restart()
+        measured = self.step()
         self._trace.recording = False
-        return self._trace.spans
+        return measured
+
+    def trace(self) -> Log:
+        """Of the last traced step."""
+        return self._trace.log
 
     def save(self, folder: Path, position: int) -> None:
         self._trainer.save(folder, position)

@@ -30,6 +30,22 @@ class Span:
     end_s: float
 
 
+@dataclass(frozen=True)
+class Mark:
+    """Bytes that had left this rank's node by `at_s`, counted from anywhere."""
+
+    at_s: float
+    sent_bytes: int
+
+
+@dataclass(frozen=True)
+class Log:
+    """What a rank recorded."""
+
+    spans: list[Span]
+    marks: list[Mark]
+
+
 Tell = Callable[[str, str], None]
 """Hears what the rank is doing and, in it, waiting for (empty: for nothing)."""
 
@@ -47,8 +63,18 @@ class Trace:
     def __init__(self, tell: Tell = _nobody) -> None:
         self.recording = False
         self.spans: list[Span] = []
+        self.marks: list[Mark] = []
         self._tell = tell
         self._doing = ""
+
+    def restart(self) -> None:
+        """Forgets what was logged and records from now on."""
+        self.spans, self.marks = [], []
+        self.recording = True
+
+    @property
+    def log(self) -> Log:
+        return Log(self.spans, self.marks)
 
     @staticmethod
     def now() -> float:
@@ -64,6 +90,11 @@ class Trace:
         """A span that ends now."""
         if self.recording:
             self.spans.append(Span(kind, name, start_s, self.now()))
+
+    def mark(self, sent_bytes: int) -> None:
+        """What the link has carried up to now."""
+        if self.recording:
+            self.marks.append(Mark(self.now(), sent_bytes))
 
     @contextmanager
     def span(self, kind: Kind, name: str) -> Iterator[None]:

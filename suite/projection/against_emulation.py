@@ -7,12 +7,14 @@ network model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from suite.config import load
 from suite.errors import UsageError
 from suite.projection.compute import Costs, Pass
 from suite.projection.emulated import EmulatedCluster, project_emulated
+from suite.projection.methods import Options
+from suite.projection.simulate import Machine
 from suite.records import AnyRecord, Record
 
 LOCAL_BYTES_S = 1e9
@@ -27,8 +29,11 @@ run on gloo's, whose reduce-scatter moves an all-reduce's bytes."""
 
 @dataclass(frozen=True)
 class Comparison:
-    """One record of the emulated cluster: seconds and bytes of a step, undilated."""
+    """One record of the emulated cluster and the step that is projected for it: seconds and bytes of a
+    step, undilated."""
 
+    record: Record
+    machine: Machine
     impl: str
     options: str
     nodes: int
@@ -55,11 +60,17 @@ def compare(records: Sequence[AnyRecord]) -> list[Comparison]:
     rows = [
         _compared(record)
         for record in records
-        if isinstance(record, Record) and record.evidence == "emulated" and record.impl in COMPARED
+        if isinstance(record, Record) and record.evidence == "emulated" and _is_modelled(record)
     ]
     if not rows:
         raise UsageError("there are no records of zero3 or mics on an emulated cluster; run the sweep first")
     return rows
+
+
+def _is_modelled(record: Record) -> bool:
+    """Whether its method, and each of its switches, has a model."""
+    known = {item.name for item in fields(Options)}
+    return record.impl in COMPARED and set(record.config["impl"]["options"]) <= known
 
 
 def _compared(record: Record) -> Comparison:
@@ -69,6 +80,8 @@ def _compared(record: Record) -> Comparison:
     machine = project_emulated(config, emulated_cluster(record))
     options = config.impl.options
     return Comparison(
+        record=record,
+        machine=machine,
         impl=record.impl,
         options=", ".join(f"{key}={value}" for key, value in sorted(options.items())),
         nodes=record.nodes,

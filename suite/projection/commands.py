@@ -20,7 +20,7 @@ from suite.projection.calibrate import calibrate
 from suite.projection.plan import make_plan
 from suite.projection.project import project
 from suite.projection.published_runs import evaluate, fit_numbers, projected_config, sensitivities
-from suite.projection.record import published_records, record_of, scaling_records
+from suite.projection.record import emulated_records, published_records, record_of, scaling_records
 from suite.projection.scaling import weak_scaling
 from suite.projection.trace import write_trace
 from suite.records import AnyRecord, ProjectionRecord
@@ -66,10 +66,13 @@ def answer(
     )
 
 
-def against_emulation(measured: Sequence[AnyRecord], markdown: bool = False) -> RenderableType:
-    """Every record of the engine on an emulated cluster beside its projection. Raises UsageError when
-    there are none."""
-    return _shown(tables.EMULATION_COLUMNS, tables.emulation_rows(compare(measured)), markdown)
+def against_emulation(
+    measured: Sequence[AnyRecord], markdown: bool = False
+) -> tuple[list[ProjectionRecord], RenderableType]:
+    """The projection of every record of the engine on an emulated cluster, and both side by side. Raises
+    UsageError when there are none."""
+    rows = compare(measured)
+    return emulated_records(rows), _shown(tables.EMULATION_COLUMNS, tables.emulation_rows(rows), markdown)
 
 
 def _shown(columns: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> RenderableType:

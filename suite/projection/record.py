@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
+from suite.projection.against_emulation import LOCAL_BYTES_S, MESSAGE_S
+from suite.projection.against_emulation import Comparison as Emulated
 from suite.projection.assumptions import Assumptions, default_assumptions
+from suite.projection.methods import find_method
 from suite.projection.project import Projection, project
 from suite.projection.published_runs import Comparison, evaluate, project_runs
 from suite.projection.scaling import Curve
@@ -14,6 +18,7 @@ from suite.records import ProjectionRecord
 
 PUBLISHED_STAGE = "published runs"
 SCALING_STAGE = "weak scaling"
+EMULATED_STAGE = "emulated runs"
 
 
 def record_of(
@@ -65,6 +70,51 @@ def record_of(
 def project_record(config: Any) -> ProjectionRecord:
     """A configuration's projection as a record. Raises UsageError for what cannot be."""
     return record_of(project(config))
+
+
+def emulated_records(rows: Sequence[Emulated]) -> list[ProjectionRecord]:
+    """One record for each run on an emulated cluster, of the same step on the same links."""
+    return [_stand_in(row) for row in rows]
+
+
+def _stand_in(row: Emulated) -> ProjectionRecord:
+    run, machine = row.record, row.machine
+    cluster, options = run.config["cluster"], run.config["impl"]["options"]
+    faster = run.step_time_s.median / row.projected_s
+    hardware = run.hardware_tflops_per_gpu * faster
+    return ProjectionRecord(
+        impl=run.impl,
+        workload=run.workload,
+        cluster=cluster["name"],
+        world_size=run.world_size,
+        nodes=run.nodes,
+        ranks_per_node=run.ranks_per_node,
+        partition_size=run.partition_size,
+        hierarchical=options.get("hierarchical", find_method(run.impl).hierarchical),
+        micro_batch=run.micro_batch,
+        micro_steps=run.micro_steps,
+        seq_len=run.seq_len,
+        precision=run.precision,
+        activation_checkpointing=run.config["train"]["activation_checkpointing"],
+        n_params=run.n_params,
+        step_time_s=row.projected_s,
+        compute_s=machine.busy_s,
+        exposed_comm_s=machine.compute_s - machine.busy_s,
+        samples_per_s=run.samples_per_s * faster,
+        model_tflops_per_gpu=run.model_tflops_per_gpu * faster,
+        hardware_tflops_per_gpu=hardware,
+        share_of_peak=hardware / cluster["peak_tflops"],
+        inter_node_bytes_per_node=machine.node_bytes,
+        bytes_sent_per_rank=machine.sent_bytes,
+        memory={},
+        fits_memory=True,
+        assumptions={"local_bytes_s": LOCAL_BYTES_S, "message_s": MESSAGE_S},
+        config=run.config,
+        config_hash=run.config_hash,
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        stands_for={key: getattr(run, key) for key in ("config_hash", "cohort", "stage")},
+        stage=EMULATED_STAGE,
+    )
 
 
 def published_records(assumptions: Assumptions | None = None) -> list[ProjectionRecord]:

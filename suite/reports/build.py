@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -20,45 +20,49 @@ from suite.reports.cohorts import (
     group_cohorts,
     projections_of,
     runs_of,
+    stand_ins_of,
 )
 from suite.reports.descriptions import Description
 from suite.reports.figures import Plot, Style, styles_for
 from suite.reports.published import INSTANCES, NUMBERS, SOURCES
-from suite.reports.sections import correctness, environment, implementations, resources, throughput
+from suite.reports.sections import correctness, environment, resources, throughput
 from suite.reports.sections.ablations import ablation_section
+from suite.reports.sections.bounds import bounds_section
 from suite.reports.sections.cohort import cohort_section
+from suite.reports.sections.headline import headline_section
+from suite.reports.sections.hierarchical import hierarchical_section
+from suite.reports.sections.implementations import impl_section
 from suite.reports.sections.losses import convergence_section
 from suite.reports.sections.memory import memory_section
+from suite.reports.sections.networks import networks_section
 from suite.reports.sections.projected import projected_section
 from suite.reports.sections.runs import Key, key_of, projections_table, run_names, runs_table
 from suite.reports.sections.section import Section
 from suite.reports.sections.summary import impl_names, run_here, summary
+from suite.reports.sections.timelines import shown_cohorts, timelines_section
 from suite.reports.sections.traffic import traffic_section
+from suite.reports.sections.two_hops import two_hops_section
 from suite.reports.sections.weak_scaling import weak_scaling_section
 from suite.reports.tables import Table, word
+from suite.reports.timelines import FOLDER as TIMELINES
+from suite.reports.timelines import Timeline
 from suite.reports.verdicts import NOT_TESTABLE, VERDICTS
 
 INDEX = "index.html"
 CLAIMS = "claims.json"
 FIGURES = "figures"
 WANDB_REPORT = "wandb-report.json"
-OURS = {INDEX, CLAIMS, FIGURES, SWEEPS, WANDB_REPORT}
-
-
-@dataclass(frozen=True)
-class ImplSection:
-    """An implementation with everything that is shown of it; `plot` is None without timed runs."""
-
-    description: Description
-    table: Table
-    checks: Table
-    plot: Plot | None
+OURS = {INDEX, CLAIMS, FIGURES, SWEEPS, TIMELINES, WANDB_REPORT}
 
 
 def build_report(
-    records: Sequence[AnyRecord], out: Path, descriptions: Mapping[str, Description] | None = None
+    records: Sequence[AnyRecord],
+    out: Path,
+    descriptions: Mapping[str, Description] | None = None,
+    timelines: Sequence[Timeline] = (),
 ) -> Path:
-    """Writes `out/index.html`, `out/claims.json` and `out/figures/`; returns the page's path.
+    """Writes `out/index.html`, `out/claims.json`, `out/figures/` and, when some of these timelines belong to
+    the records, `out/timelines/`; returns the page's path.
 
     An earlier report in `out` is replaced as a whole when the new one is complete. Raises UsageError
     when there are no records, or when `out` holds something that is not a report.
@@ -69,7 +73,7 @@ def build_report(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
         new = Path(aside) / "new"
-        _write(records, new, descriptions or {})
+        _write(records, new, descriptions or {}, timelines)
         if out.exists():
             out.rename(Path(aside) / "old")
         new.rename(out)
@@ -119,20 +123,29 @@ def _require_ours(out: Path) -> None:
         raise UsageError(f"out={out} holds other files ({min(others)}); name a new or an empty folder")
 
 
-def _write(records: Sequence[AnyRecord], folder: Path, descriptions: Mapping[str, Description]) -> None:
+def _write(
+    records: Sequence[AnyRecord],
+    folder: Path,
+    descriptions: Mapping[str, Description],
+    timelines: Sequence[Timeline],
+) -> None:
     cohorts = group_cohorts(records)
     styles = styles_for([record.impl for record in records])
     cohort_sections = [cohort_section(cohort, styles) for cohort in cohorts]
-    sections = extra_sections(records, cohorts, styles)
-    impls = [_impl_section(name, records, cohorts, descriptions) for name in impl_names(records)]
+    sections = extra_sections(records, cohorts, styles, timelines)
+    impls = [
+        impl_section(descriptions.get(name, Description(name, "")), records, cohorts, timelines)
+        for name in impl_names(records)
+    ]
     verdicts, names = judge(records), run_names(records, cohorts)
     figures = folder / FIGURES
     figures.mkdir(parents=True)
     plots = [plot for section in cohort_sections for plot in section.plots]
     plots += [plot for section in sections for plot in section.plots]
-    plots += [impl.plot for impl in impls if impl.plot is not None]
+    plots += [plot for impl in impls for plot in impl.plots]
     for plot in plots:
         plot.save(figures)
+    _copy_timelines(folder / TIMELINES, cohorts, timelines)
     write_claims(folder / CLAIMS, verdicts, names)
     write_sweeps(folder / SWEEPS, verdicts)
     page = _template().render(
@@ -171,12 +184,21 @@ def _run_links(verdict: Verdict, names: Mapping[Key, str]) -> list[tuple[str, li
 
 
 def extra_sections(
-    records: Sequence[AnyRecord], cohorts: Sequence[Cohort], styles: Mapping[str, Style]
+    records: Sequence[AnyRecord],
+    cohorts: Sequence[Cohort],
+    styles: Mapping[str, Style],
+    timelines: Sequence[Timeline] = (),
 ) -> list[Section]:
     """Those for which there are records, in the order in which a reader asks."""
     runs, projections = runs_of(records), projections_of(records)
     possible = (
         weak_scaling_section(runs, styles),
+        headline_section(cohorts, styles),
+        networks_section(runs, styles),
+        hierarchical_section(cohorts),
+        two_hops_section(runs),
+        bounds_section(cohorts, stand_ins_of(records), styles),
+        timelines_section(cohorts, timelines),
         projected_section(projections, styles),
         traffic_section(cohorts),
         ablation_section(cohorts),
@@ -186,19 +208,12 @@ def extra_sections(
     return [section for section in possible if section is not None]
 
 
-def _impl_section(
-    name: str,
-    records: Sequence[AnyRecord],
-    cohorts: Sequence[Cohort],
-    descriptions: Mapping[str, Description],
-) -> ImplSection:
-    measured = any(run.impl == name for run in runs_of(records))
-    return ImplSection(
-        descriptions.get(name, Description(name, "")),
-        implementations.implementation_table(name, cohorts),
-        correctness.correctness_table(check for check in checks_of(records) if check.impl == name),
-        implementations.implementation_plot(name, cohorts) if measured else None,
-    )
+def _copy_timelines(folder: Path, cohorts: Sequence[Cohort], timelines: Sequence[Timeline]) -> None:
+    """Those that the page shows, to be opened from it."""
+    for _, found in shown_cohorts(cohorts, timelines):
+        folder.mkdir(exist_ok=True)
+        for item in found:
+            shutil.copy(item.timeline.file, folder)
 
 
 def _template() -> jinja2.Template:

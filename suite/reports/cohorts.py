@@ -88,9 +88,10 @@ class Cohort:
         run = self.any
         steps = {member.step_time_s.n for member in self.members}
         repeats = f"{min(steps)}" if len(steps) == 1 else f"{min(steps)} to {max(steps)}"
+        attention = f" Attention: {run.attention}." if run.attention else ""
         return (
             f"{run.evidence.capitalize()} on the {run.testbed} testbed: {ranks(run)} on {device(run)}; "
-            f"{repeats} timed steps{' each, taken in turns' if len(self.members) > 1 else ''}."
+            f"{repeats} timed steps{' each, taken in turns' if len(self.members) > 1 else ''}.{attention}"
         )
 
     def _only_floor(self) -> Record:
@@ -103,7 +104,13 @@ def runs_of(records: Iterable[AnyRecord]) -> list[Record]:
 
 
 def projections_of(records: Iterable[AnyRecord]) -> list[ProjectionRecord]:
-    return [record for record in records if isinstance(record, ProjectionRecord)]
+    """But for those that stand for a run."""
+    return [item for item in records if isinstance(item, ProjectionRecord) and item.stands_for is None]
+
+
+def stand_ins_of(records: Iterable[AnyRecord]) -> list[ProjectionRecord]:
+    """Projections of what was also run, on an emulated cluster."""
+    return [item for item in records if isinstance(item, ProjectionRecord) and item.stands_for is not None]
 
 
 def checks_of(records: Iterable[AnyRecord]) -> list[CheckRecord]:

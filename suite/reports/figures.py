@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from suite.reports.cohorts import FLOOR, Cohort
 from suite.reports.tables import Table
@@ -199,6 +199,33 @@ def draw_curve(
     )
     axes.grid(axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def draw_band(
+    axes: Axes,
+    label: str,
+    points: Sequence[tuple[float, tuple[float, float, float]]],
+    style: Style,
+) -> None:
+    """A curve through the medians with a band from min to max; `points` are (x, (low, middle, high))."""
+    if not points:
+        return
+    places = [place for place, _ in points]
+    lows, middles, highs = zip(*(spread for _, spread in points), strict=True)
+    axes.fill_between(places, lows, highs, color=style.colour, alpha=0.15, linewidth=0)
+    look: dict[str, Any] = {"color": style.colour, "marker": style.marker, "markersize": 5, "label": label}
+    axes.plot(places, middles, style.line, **look)
+
+
+def doubling_axis(axes: Axes, places: Iterable[float], label: str) -> None:
+    """A logarithmic x axis with a tick at each of these places."""
+    ticks = sorted(set(places))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticklabels([f"{tick:g}" for tick in ticks])
+    axes.set_xlabel(label)
+    axes.grid()
 
 
 def link_label(label: Text, anchor: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from suite.records import Record
 from suite.reports.cohorts import FLOOR, Cohort, Ratio
+from suite.reports.emulated import best_overlap, overlap
 
 NOTHING = "–"
 MIB = 2**20
@@ -133,6 +134,23 @@ def ratio_cell(run: Record, reference: Record | None, pattern: str = "{} no diff
 
 def evidence_cell(run: Record) -> Cell:
     return word(f"{run.evidence}, noisy" if run.noise.get("noisy") else run.evidence)
+
+
+def overlap_cell(run: Record) -> Cell:
+    """In percent; see `suite.reports.emulated.OVERLAP_RULE`."""
+    found = overlap(run)
+    if found is None:
+        return Cell(NOTHING)
+    return Cell(f"{'≥ ' if found.at_least else ''}{100 * found.share:.0f}", 100 * found.share)
+
+
+def best_overlap_cell(run: Record) -> Cell:
+    best = best_overlap(run)
+    return number(None if best is None else 100 * best, whole)
+
+
+def milliseconds(seconds: float | None) -> Cell:
+    return number(None if seconds is None else 1000 * seconds)
 
 
 def members(cohort: Cohort) -> list[tuple[str, Record]]:

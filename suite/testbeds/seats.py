@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from suite.testbeds.devices import claim_device
 from suite.testbeds.door import Address, knock
 from suite.testbeds.forked import Site, fork_rank, raised
 from suite.testbeds.process import KILL_GRACE_S, ChildProcess
@@ -126,13 +127,9 @@ class Seat:
             rank.close()
 
     def _device(self, rank: int) -> tuple[torch.device, str]:
-        """Called in the rank."""
-        if not torch.cuda.is_available():
-            return torch.device("cpu"), "gloo"
-        # Slurm may show a process its own GPU only.
-        device = torch.device("cuda", (rank % self._ranks_per_node) % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        return device, "cuda:nccl,cpu:gloo"
+        """Called in the rank. Slurm may show a process its own accelerator only."""
+        visible = max(1, torch.accelerator.device_count())
+        return claim_device((rank % self._ranks_per_node) % visible)
 
 
 def _place(channel: Connection, local_rank: int) -> Place:

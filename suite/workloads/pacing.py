@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -45,18 +45,32 @@ class BusyClock:
         return time.thread_time() + ready_s
 
 
+@dataclass(frozen=True)
+class PacedStep:
+    """One step on one rank. `computing_s`: host seconds in which the training thread computed or slept
+    instead, rather than waited. `sent_bytes` left its node in the step, `sent_computing_bytes` of them
+    while the thread slept for a block's compute."""
+
+    computing_s: float
+    sent_bytes: int
+    sent_computing_bytes: int
+
+
 class Pacer:
     """Spends the modelled times of one rank's blocks, on the thread that made it.
 
-    Counted over all steps: `modelled_s`, what the blocks asked for, and `overshoot_s`, by how much the
-    compute of each step took longer than that.
+    `sent` reads how many bytes have left this rank's node. Counted over all steps: `modelled_s`, what
+    the blocks asked for, and `overshoot_s`, by how much the compute of each step took longer than that.
     """
 
-    def __init__(self, times: BlockTimes, trace: Trace) -> None:
+    def __init__(self, times: BlockTimes, trace: Trace, sent: Callable[[], int] = lambda: 0) -> None:
         self.times = times
         self.modelled_s = 0.0
         self.overshoot_s = 0.0
         self._trace = trace
+        self._sent = sent
+        self._sent_before = 0
+        self._sent_computing = 0
         self._clock = BusyClock()
         self._counted_until = 0.0
         self._computing_s = 0.0  # in this step: sleep, and real work of the thread
@@ -75,24 +89,30 @@ class Pacer:
     def start_step(self) -> None:
         self._counted_until = self._clock.read()
         self._computing_s = self._ahead_s = 0.0
+        self._sent_before, self._sent_computing = self._read_link(), 0
 
     def spend(self, seconds: float, name: str) -> None:
         """Returns when a block's compute of that length would be done."""
         self._count_work()
-        start = self._trace.now()
+        sent, start = self._read_link(), self._trace.now()
         time.sleep(max(0.0, seconds - self._ahead_s))
         slept_s = self._trace.now() - start
         self._trace.add(Kind.COMPUTE, name, start)
+        self._sent_computing += self._read_link() - sent
         self.modelled_s += seconds
         self._computing_s += slept_s
         self._ahead_s += slept_s - seconds
         self._counted_until = self._clock.read()
 
-    def end_step(self) -> float:
-        """Seconds of this step in which the thread computed or slept instead, rather than waited."""
+    def end_step(self) -> PacedStep:
         self._count_work()
         self.overshoot_s += self._ahead_s
-        return self._computing_s
+        return PacedStep(self._computing_s, self._read_link() - self._sent_before, self._sent_computing)
+
+    def _read_link(self) -> int:
+        sent = self._sent()
+        self._trace.mark(sent)
+        return sent
 
     def _count_work(self) -> None:
         now = self._clock.read()

@@ -46,9 +46,12 @@ def shard(
     by one (by default the children of every outermost `ModuleList`); `device` is where to compute (by
     default where the parameters are). A model on the `meta` device is initialised shard by shard,
     each module by `initialize` (by default the model's own way). `bf16` and `fp16` compute and
-    communicate in that dtype and keep fp32 masters; fp16 scales the loss dynamically.
+    communicate in that dtype (the model's fp32 inputs are cast) and keep fp32 masters; fp16 scales the
+    loss dynamically.
 
     Gradients of ranks and micro-steps are *added up*: divide the loss by their number for a mean.
+    All ranks must call the same modules in the same order; which parameters a rank's data reaches
+    inside them may differ. Outside of the model's calls its weights have no memory.
     Raises ValueError for sizes that do not divide the world.
     """
     if precision not in DTYPES:

@@ -1,4 +1,4 @@
-"""The engine: hooks that report events to the scheduler and carry out its actions.
+"""The engine: takes events to the scheduler and carries out its actions.
 
 One engine per rank; ZeRO-3 is it with one partition group, MiCS with several. All ranks must run
 the same modules in the same order.
@@ -7,25 +7,24 @@ the same modules in the same order.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Variable
-from torch.utils.hooks import RemovableHandle
 
 from suite.impls.sharded import optimizer as arena_optimizer
 from suite.impls.sharded.collectives import Collectives, Handle
 from suite.impls.sharded.compiling import compile_units
 from suite.impls.sharded.groups import Groups
+from suite.impls.sharded.hooks import ModelHooks, cast_inputs
 from suite.impls.sharded.ledger import make_ledger
-from suite.impls.sharded.materialize import Initialize, materialize, materialize_buffers
+from suite.impls.sharded.materialize import Initialize, allocate_buffers, initialize_buffers, materialize
 from suite.impls.sharded.options import EngineOptions
 from suite.impls.sharded.schedule import Action, Event, Op, Phase, Scheduler
 from suite.impls.sharded.two_hop import TRAINING, TwoHop
-from suite.impls.sharded.units import Bucket, Slot, Unit, build_arenas, build_units, take_over
+from suite.impls.sharded.units import Bucket, Unit, build_arenas, build_units, take_over
 from suite.impls.trace import Kind, Trace
 
 
@@ -90,14 +89,18 @@ class Engine:
         self._refresh: Handle | None = None
         """The owners' new weights on their way to the replicas."""
         self._last = True
-        self._in_backward = False
-        self._open: dict[int, set[str]] = {}
-        """Units whose backward has begun or is expected: names of gradients still to come."""
-        self._inputs: dict[int, list[RemovableHandle]] = {}
-        """Of units without trainable parameters: hooks on inputs whose gradients are still to come."""
+        self._backward_failed = False
+        self._scaled = False
+        """Whether the backward that runs began with a scaled loss."""
         if options.compile:
             compile_units(self.units)
-        self._hooks = list(self._install_hooks())
+        self._hooks = ModelHooks(model, self.units, self)
+        self._handles = [
+            model.register_state_dict_pre_hook(_refuse_state_dict),
+            model.register_load_state_dict_pre_hook(_refuse_state_dict),
+        ]
+        if dtype is not torch.float32:
+            self._handles.append(model.register_forward_pre_hook(cast_inputs(dtype), with_kwargs=True))
 
     def _partition(
         self,
@@ -127,34 +130,55 @@ class Engine:
         self._arenas = build_arenas(
             units, self._options.contiguous_arenas, partition.index, part, self._parts
         )
-        materialize_buffers(self.model, device)
+        buffers = allocate_buffers(self.model, device)
         for unit in units:
             materialize(self.model, unit, device, initialize)
             take_over(unit, partition.index)
+        initialize_buffers(self.model, buffers, initialize)
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(device)
-        arena_optimizer.rebind(self.optimizer, units)
+        self._optimized = arena_optimizer.rebind(self.optimizer, units)
         return units
 
     # --- what the user calls
 
-    def backward(self, loss: Tensor, last: bool = True) -> None:
+    def backward(self, loss: Tensor, last: bool = True, retain_graph: bool = False) -> None:
         """Backward of one micro-step; its gradients are on their way to their shards afterwards.
 
         `last=False` says that more micro-steps follow before `step`: the replicas' gradients are
         then not added up yet (hop 2). It only saves communication; the result is the same.
+
+        What autograd raises goes through; the gradients of this step are incomplete then, and
+        nothing goes on before `zero_grad`.
         """
         self._last = last
+        self._scaled = True
         if self.loss_scale is not None:
             loss = loss * self.loss_scale.value
-        loss.backward()
+        try:
+            self._hooks.run_backward(lambda: loss.backward(retain_graph=retain_graph))
+        finally:
+            self._scaled = False
+
+    def zero_grad(self) -> None:
+        """Forgets the gradients of all micro-steps since the last `step`; collective. Needed only to
+        begin a step over: `step` does it by itself."""
+        self._hooks.find_failure()
+        self._two_hop.finish(self._trainable_buckets())
+        self._two_hop.reset(self._trainable_buckets())
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        self._backward_failed = False
 
     def step(self) -> Tensor:
         """Clips, updates the shards, forgets the gradients; returns the global gradient norm before
         clipping (scalar tensor: reading it is what waits for the device).
 
         With fp16 it does wait: after an overflow on any rank no rank updates, and `skipped` is set.
+        Raises RuntimeError when a backward of this step has raised.
         """
+        self._hooks.find_failure()
+        self._require_complete()
         self._two_hop.finish(self._trainable_buckets())
         gradients = self._arenas.owned_gradient.tensors
         scale = 1.0 if self.loss_scale is None else self.loss_scale.value
@@ -166,6 +190,8 @@ class Engine:
         if not self.skipped:
             if self._clip is not None or scale != 1.0:
                 arena_optimizer.rescale(gradients, norm, self._clip, scale)
+            for values, gradient in self._optimized:
+                values.grad = gradient  # an `optimizer.zero_grad()` out of habit takes it away
             with self._trace.span(Kind.WAIT, "all ranks' reading"):
                 self._groups.quiesce()
             self.optimizer.step()
@@ -185,7 +211,11 @@ class Engine:
         return (square / copies).sqrt()
 
     def refresh_weights(self) -> None:
-        """Brings the owners' masters, after a change, to where weights are gathered from."""
+        """Brings the owners' masters, after a change, to where weights are gathered from. Weights that
+        are still gathered, for a forward that had no backward, are of the past."""
+        for unit in self.units:
+            self._release(unit)
+        self._finish_refresh()  # of the step before, when no forward came between
         self._arenas.refresh_compute()
         if self._parts > 1:
             buckets = list(self._buckets())
@@ -234,97 +264,17 @@ class Engine:
 
     def close(self) -> None:
         """Removes the hooks. The model's parameters stay without memory."""
-        for hook in self._hooks:
-            hook.remove()
+        self._finish_refresh()
+        self._hooks.close()
+        for handle in self._handles:
+            handle.remove()
         self._two_hop.close()
         self._groups.close()
 
-    # --- hooks: from the model to events
+    # --- what the hooks report
 
-    def _install_hooks(self) -> Iterator[RemovableHandle]:
-        for unit in self.units:
-            yield unit.module.register_forward_pre_hook(self._before_forward(unit), with_kwargs=True)
-            yield unit.module.register_forward_hook(self._after_forward(unit), always_call=True)
-            for slot in unit.trainable_slots:
-                yield slot.parameter.register_post_accumulate_grad_hook(self._gradient_ready(unit, slot))
-
-    def _before_forward(self, unit: Unit) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: object, keywords: object) -> None:
-            if self._in_backward or not torch.is_grad_enabled():
-                # Recomputation or evaluation: not a part of the schedule, fetched on demand.
-                self._wait([unit])
-            else:
-                if not unit.trainable_slots:
-                    self._watch_inputs(unit, (arguments, keywords))
-                self._happens(Phase.FORWARD, unit)
-
-        return hook
-
-    def _after_forward(self, unit: Unit) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: object, output: object) -> None:
-            if self._in_backward:
-                return
-            if not torch.is_grad_enabled():
-                self._release(unit)
-                return
-            for tensor in _tensors(output):
-                if tensor.requires_grad:
-                    tensor.register_hook(self._before_backward(unit))
-            self._happens(Phase.FORWARD_END, unit)
-
-        return hook
-
-    def _before_backward(self, unit: Unit) -> Callable[[Tensor], None]:
-        def hook(gradient: Tensor) -> None:
-            if not self._in_backward:
-                self._in_backward = True
-                Variable._execution_engine.queue_callback(self._after_backward)
-            if unit.index not in self._open:
-                self._open[unit.index] = {slot.name for slot in unit.trainable_slots}
-                self._happens(Phase.BACKWARD, unit)
-
-        return hook
-
-    def _gradient_ready(self, unit: Unit, slot: Slot) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            missing = self._open.setdefault(unit.index, {item.name for item in unit.trainable_slots})
-            missing.discard(slot.name)
-            if not missing:
-                self._end_backward(unit)
-
-        return hook
-
-    def _watch_inputs(self, unit: Unit, inputs: object) -> None:
-        """A unit that is frozen as a whole is done with backward when its inputs have gradients."""
-        expected = self._inputs.setdefault(unit.index, [])
-
-        def ready(gradient: Tensor) -> None:
-            expected.pop().remove()
-            if not expected and unit.index in self._open:
-                self._end_backward(unit)
-
-        expected += [tensor.register_hook(ready) for tensor in _tensors(inputs) if tensor.requires_grad]
-
-    def _end_backward(self, unit: Unit) -> None:
-        self._open[unit.index] = set()
-        self._happens(Phase.BACKWARD_END, unit)
-
-    def _after_backward(self) -> None:
-        """Autograd is done: units with parameters that got no gradient are still to be ended."""
-        for index in sorted(index for index, missing in self._open.items() if missing):
-            self._end_backward(self.units[index])
-        for unit in self.units:
-            if unit.index in self._open and not unit.trainable_slots:
-                self._release(unit)
-        for hook in (hook for hooks in self._inputs.values() for hook in hooks):
-            hook.remove()
-        self._inputs.clear()
-        self._in_backward = False
-        self._open.clear()
-        self.scheduler.end()
-        self.statistics.micro_steps += 1
-
-    def _happens(self, phase: Phase, unit: Unit) -> None:
+    def happens(self, phase: Phase, unit: Unit) -> None:
+        """An event of the schedule."""
         if phase.needs_weights:
             self._trace.at(f"{phase.value} of {unit.name}")
         start = time.perf_counter()
@@ -332,6 +282,39 @@ class Engine:
         self.statistics.deciding_s += time.perf_counter() - start
         for action in actions:
             self._do(action)
+
+    def fetch(self, unit: Unit) -> None:
+        """On demand, outside of the schedule."""
+        self._wait([unit])
+
+    def drop(self, unit: Unit) -> None:
+        """What was fetched on demand is not needed any more."""
+        self._release(unit)
+
+    def before_backward(self) -> None:
+        """Raises RuntimeError where it would lead to wrong gradients."""
+        self._require_complete()
+        if self.loss_scale is not None and not self._scaled:
+            raise RuntimeError("with fp16 the loss has to be scaled: call engine.backward(loss)")
+
+    def after_backward(self) -> None:
+        """The micro-step is over."""
+        self.scheduler.end()
+        self.statistics.micro_steps += 1
+
+    def backward_failed(self) -> None:
+        """What it has begun cannot be told from what it has not."""
+        self._backward_failed = True
+        self.scheduler.abandon()
+        for unit in self.units:
+            self._release(unit)
+
+    def _require_complete(self) -> None:
+        if self._backward_failed:
+            raise RuntimeError(
+                "a backward of this step has raised and its gradients are incomplete; "
+                "call engine.zero_grad() and repeat the micro-steps of this step"
+            )
 
     # --- actions: from the schedule to collectives. Each is harmless when it has already been done.
 
@@ -438,13 +421,8 @@ def _gathered(group: Collectives, shard: Tensor) -> Tensor:
     return full
 
 
-def _tensors(output: object) -> Iterator[Tensor]:
-    """All tensors in a module's output: tuples, lists, mappings (Hugging Face outputs) and plain."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _tensors(value)
+def _refuse_state_dict(module: nn.Module, *_: object) -> None:
+    raise RuntimeError(
+        "the model's weights are sharded, its state_dict holds none of them; use engine.full_parameters(), "
+        "export.save_pretrained() or the checkpoint module"
+    )

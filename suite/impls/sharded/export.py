@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from suite.impls.sharded.engine import Engine
 
@@ -47,6 +47,14 @@ def save_pretrained(engine: Engine, folder: Path, dtype: torch.dtype = torch.flo
 
 
 def _persistent_buffers(engine: Engine) -> dict[str, Tensor]:
-    buffers = dict(engine.model.named_buffers())
-    kept = engine.model.state_dict(keep_vars=True).keys()
-    return {name: buffer.cpu().clone() for name, buffer in buffers.items() if name in kept}
+    return {
+        name: buffer.cpu().clone()
+        for name, buffer in engine.model.named_buffers()
+        if not _passing(engine.model, name)
+    }
+
+
+def _passing(model: nn.Module, name: str) -> bool:
+    """Whether a buffer was registered as not persistent."""
+    owner, _, own_name = name.rpartition(".")
+    return own_name in model.get_submodule(owner)._non_persistent_buffers_set

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from suite.impls.sharded.units import Unit
 
@@ -18,12 +18,56 @@ Initialize = Callable[[nn.Module], None]
 """Sets the parameters and buffers that a module itself owns (not those of its children)."""
 
 
-def materialize_buffers(model: nn.Module, device: torch.device) -> None:
-    """Gives buffers on `meta` memory; their modules' initialisation fills them."""
+MetaBuffers = list[tuple[nn.Module, dict[str, Tensor]]]
+"""Modules whose buffers were on `meta`, and how these look while nothing has filled them."""
+
+
+def allocate_buffers(model: nn.Module, device: torch.device) -> MetaBuffers:
+    """Gives buffers on `meta` memory, filled with what no initialisation leaves there."""
+    waiting = []
     for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:
-                module._buffers[name] = torch.zeros_like(buffer, device=device)
+        empty = {
+            name: _unset(buffer, device)
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer.is_meta
+        }
+        module._buffers.update({name: buffer.clone() for name, buffer in empty.items()})
+        if empty:
+            waiting.append((module, empty))
+    return waiting
+
+
+def initialize_buffers(model: nn.Module, buffers: MetaBuffers, initialize: Initialize | None) -> None:
+    """Fills what the initialisation of parameters has not: modules that own buffers alone (rotary
+    positions, say). Raises ValueError for a buffer that nothing fills."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for module, empty in buffers:
+        if not any(True for _ in module.parameters(recurse=False)):
+            with torch.no_grad():
+                (initialize or _initializer(model, module))(module)
+        for name, before in empty.items():
+            checkable = before.numel() and before.dtype is not torch.bool
+            if checkable and torch.equal(_comparable(module._buffers[name]), _comparable(before)):
+                owner = names[id(module)] or type(module).__name__
+                raise ValueError(
+                    f"buffer {name} of {owner} is on the meta device and its module's initialisation "
+                    "leaves it alone; pass initialize="
+                )
+
+
+def _unset(buffer: Tensor, device: torch.device) -> Tensor:
+    if buffer.dtype is torch.bool:
+        return torch.zeros_like(buffer, device=device)  # no value is left over: taken for what is meant
+    counted = not (buffer.is_floating_point() or buffer.is_complex())
+    value = torch.iinfo(buffer.dtype).max if counted else torch.nan
+    return torch.full_like(buffer, value, device=device)
+
+
+def _comparable(buffer: Tensor | None) -> Tensor:
+    assert buffer is not None
+    if buffer.is_complex():
+        return _comparable(torch.view_as_real(buffer))
+    return buffer.nan_to_num(nan=torch.finfo(buffer.dtype).min) if buffer.is_floating_point() else buffer
 
 
 def materialize(model: nn.Module, unit: Unit, device: torch.device, initialize: Initialize | None) -> None:

@@ -11,14 +11,20 @@ from torch import Tensor, nn
 from suite.impls.sharded.units import ALIGNMENT, Bucket, Unit
 
 
-def rebind(optimizer: torch.optim.Optimizer, units: Sequence[Unit]) -> None:
-    """Points an optimizer that was made for the model's parameters at what this rank owns of them.
+def rebind(optimizer: torch.optim.Optimizer, units: Sequence[Unit]) -> list[tuple[Tensor, Tensor]]:
+    """Points an optimizer that was made for the model's parameters at what this rank owns of them;
+    returns (values, gradient) of all that it steps from now on.
 
     Groups and their settings stay, so learning-rate schedulers go on working. Raises ValueError when
-    the optimizer has already stepped: its states would belong to the whole parameters.
+    the optimizer has already stepped (its states would belong to the whole parameters), and for one
+    that is not element-wise.
     """
-    if optimizer.state:
-        raise ValueError("the optimizer has states already; shard the model before the first step")
+    if isinstance(optimizer, NOT_ELEMENT_WISE):
+        raise ValueError(
+            f"{type(optimizer).__name__} looks at whole parameters, of which a rank has only parts; "
+            "use an element-wise optimizer such as AdamW"
+        )
+    initial = _initial_states(optimizer)
     group_of = {
         parameter: number
         for number, group in enumerate(optimizer.param_groups)
@@ -29,8 +35,39 @@ def rebind(optimizer: torch.optim.Optimizer, units: Sequence[Unit]) -> None:
         for begin, end, parameter in _owned(bucket):
             if parameter in group_of:
                 _extend(ranges[group_of[parameter]], Range(bucket, begin, end))
+    optimized: list[tuple[Tensor, Tensor]] = []
     for group, members in zip(optimizer.param_groups, ranges, strict=True):
-        group["params"] = [member.parameter() for member in members]
+        pairs = [member.values_and_gradient() for member in members]
+        group["params"] = [values for values, _ in pairs]
+        optimized += pairs
+    for values, _ in optimized if initial else ():
+        optimizer.state[values] = {key: _spread(value, values) for key, value in initial.items()}
+    return optimized
+
+
+NOT_ELEMENT_WISE: tuple[type[torch.optim.Optimizer], ...] = tuple(
+    getattr(torch.optim, name)
+    for name in ("LBFGS", "Adafactor", "Muon", "SparseAdam")
+    if hasattr(torch.optim, name)  # not all are in every version
+)
+
+
+def _initial_states(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What an optimizer gives every parameter before the first step (Adagrad does), by its name; each
+    one value throughout. Raises ValueError when there is more, and clears it."""
+    states = [dict(state) for state in optimizer.state.values()]
+    for key, value in (item for state in states for item in state.items()):
+        first = states[0].get(key)
+        if not isinstance(value, Tensor) or first is None or value.ne(first.flatten()[:1]).any():
+            raise ValueError("the optimizer has states already; shard the model before the first step")
+    if any(float(state.get("step", torch.ones(()))) for state in states):
+        raise ValueError("the optimizer has states already; shard the model before the first step")
+    optimizer.state.clear()
+    return states[0] if states else {}
+
+
+def _spread(value: Tensor, over: Tensor) -> Tensor:
+    return value.clone() if value.dim() == 0 else torch.full_like(over, value.flatten()[0].item())
 
 
 @dataclass
@@ -41,13 +78,11 @@ class Range:
     begin: int
     end: int
 
-    def parameter(self) -> Tensor:
-        """The masters of this range as one tensor, its gradient bound to the gradients' arena."""
+    def values_and_gradient(self) -> tuple[Tensor, Tensor]:
+        """The masters of this range as one tensor, and what the gradients' arena holds for them."""
         master, gradient = self.bucket.master, self.bucket.owned_gradient
         assert gradient is not None
-        values = _window(master, self.begin, self.end)
-        values.grad = _window(gradient, self.begin, self.end)
-        return values
+        return _window(master, self.begin, self.end), _window(gradient, self.begin, self.end)
 
     def adjoins(self, other: Range) -> bool:
         ours, theirs = self.bucket.master, other.bucket.master

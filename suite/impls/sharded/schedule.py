@@ -241,6 +241,11 @@ class Scheduler:
         self._recorded = []
         self._residency = Residency(self._resident)
 
+    def abandon(self) -> None:
+        """The micro-step did not come to its end: it is not recorded, and all units are released."""
+        self._recorded = []
+        self._residency = Residency(self._resident)
+
     def _leave(self, plan: Schedule, position: int) -> None:
         """Drops a plan that no longer fits; what it has done so far stays true."""
         self.rerecorded += 1

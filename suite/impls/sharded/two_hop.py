@@ -160,7 +160,8 @@ class TwoHop:
             slot.parameter.grad = None
             if gradient is None:
                 gradient = torch.zeros(slot.numel, dtype=bucket.full.dtype, device=bucket.full.device)
-            pieces.append((slot.offset, gradient.contiguous()))
+            dense = gradient.to_dense() if gradient.is_sparse else gradient
+            pieces.append((slot.offset, dense.contiguous()))
         if self._options.group_batched:
             return join_small(pieces)
         return [(0, flatten(pieces, bucket.numel, bucket.full))]

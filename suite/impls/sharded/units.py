@@ -8,7 +8,6 @@ copy, gradients) lie in one *arena*.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -138,24 +137,28 @@ def name_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def assign_parameters(model: nn.Module, modules: Sequence[nn.Module]) -> list[tuple[nn.Module, list[str]]]:
     """Which parameters each unit owns: the root (the model itself) first, then `modules` in order.
 
-    A parameter that several units use (tied embeddings) belongs to the root, which is gathered for
-    as long as any of them runs.
+    A parameter belongs to the innermost unit around it; one that several units use (tied embeddings)
+    to the root, which is gathered for as long as any of them runs. Raises ValueError for a module
+    that is not a part of the model.
     """
-    owners: dict[nn.Parameter, set[int]] = {}
+    unit_of: dict[nn.Module, int] = {}
     for index, module in enumerate(modules, 1):
-        for parameter in module.parameters():
-            owners.setdefault(parameter, set()).add(index)
-    inner = {parameter for module in modules for parameter in module.parameters()}
-    used_outside: set[nn.Parameter] = set()
-    inside = {id(part) for module in modules for part in module.modules()}
-    for part in model.modules():
-        if id(part) not in inside:
-            used_outside.update(part.parameters(recurse=False))
+        unit_of.setdefault(module, index)
+    users: dict[nn.Parameter, set[int]] = {}
+    unit_at = {"": 0}
+    for path, part in model.named_modules(remove_duplicate=False):
+        if path:
+            unit_at[path] = unit_of.get(part, unit_at[path.rpartition(".")[0]])
+        for parameter in part.parameters(recurse=False):
+            users.setdefault(parameter, set()).add(unit_at[path])
+    parts = set(model.modules())
+    for module in unit_of:
+        if module not in parts:
+            raise ValueError(f"unit_modules: a {type(module).__name__} is not a part of the model")
     assigned: list[tuple[nn.Module, list[str]]] = [(model, []), *((module, []) for module in modules)]
     for name, parameter in name_parameters(model).items():
-        users = owners.get(parameter, set())
-        shared = len(users) != 1 or parameter in used_outside or parameter not in inner
-        assigned[0 if shared else next(iter(users))][1].append(name)
+        units = users[parameter]
+        assigned[units.pop() if len(units) == 1 else 0][1].append(name)
     return [(module, names) for module, names in assigned if names]
 
 
@@ -216,7 +219,9 @@ def _layout(
     for name in names:
         parameter = parameters[name]
         if not parameter.is_floating_point():
-            warnings.warn(f"parameter {name} is {parameter.dtype}; it is computed in {dtype}", stacklevel=2)
+            raise ValueError(
+                f"parameter {name} is {parameter.dtype}; only floating-point ones can be sharded"
+            )
         slots.append(Slot(name, parameter, offset, parameter.numel(), parameter.shape))
         offset += parameter.numel()
     shard_numel = -(-offset // (partition_size * parts * ALIGNMENT)) * parts * ALIGNMENT

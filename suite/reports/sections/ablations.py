@@ -38,7 +38,13 @@ class Ablation:
 
 
 def ablation_section(cohorts: Iterable[Cohort]) -> Section | None:
-    found = [(cohort, engine) for cohort in cohorts for engine in (ENGINE, MICS) if ablations(cohort, engine)]
+    """Of cohorts in which more than one thing was switched off; a single one has a section of its own."""
+    found = [
+        (cohort, engine)
+        for cohort in cohorts
+        for engine in (ENGINE, MICS)
+        if len({item.label for item in ablations(cohort, engine)}) > 1
+    ]
     if not found:
         return None
     plots = tuple(_ablation_plot(cohort, engine) for cohort, engine in found)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from suite.reports.cohorts import FLOOR, Cohort
+from suite.records import AnyRecord
+from suite.reports.cohorts import FLOOR, Cohort, checks_of, runs_of
+from suite.reports.descriptions import Description
 from suite.reports.figures import Plot, draw_curve, make_plot, range_mark, repetitions, row_axes, styles_for
+from suite.reports.sections.bounds import bound_table, held
+from suite.reports.sections.correctness import correctness_table
+from suite.reports.sections.timelines import all_ranks_plot, shown_cohorts
 from suite.reports.tables import (
     NOTHING,
     Cell,
@@ -25,6 +31,36 @@ from suite.reports.tables import (
     whole,
     word,
 )
+from suite.reports.timelines import Timeline
+
+
+@dataclass(frozen=True)
+class ImplSection:
+    """An implementation with everything that is shown of it."""
+
+    description: Description
+    table: Table
+    emulated: Table
+    checks: Table
+    plots: tuple[Plot, ...]
+
+
+def impl_section(
+    description: Description,
+    records: Sequence[AnyRecord],
+    cohorts: Sequence[Cohort],
+    timelines: Sequence[Timeline],
+) -> ImplSection:
+    name = description.name
+    plots = [implementation_plot(name, cohorts)] if any(run.impl == name for run in runs_of(records)) else []
+    step = all_ranks_plot(name, shown_cohorts(cohorts, timelines))
+    return ImplSection(
+        description,
+        implementation_table(name, cohorts),
+        bound_table([item for item in held(cohorts, ()) if item.run.impl == name]),
+        correctness_table(check for check in checks_of(records) if check.impl == name),
+        tuple([*plots, *([step] if step else [])]),
+    )
 
 
 def implementation_table(impl: str, cohorts: Sequence[Cohort]) -> Table:

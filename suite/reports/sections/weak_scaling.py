@@ -8,18 +8,21 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
 
 from suite.records import Record
-from suite.reports.figures import INK, Plot, Style, make_plot, shared_legend
+from suite.reports.emulated import OVERLAP_RULE, bound_s
+from suite.reports.figures import INK, Plot, Style, doubling_axis, draw_band, make_plot, shared_legend
 from suite.reports.scaling import Curve, Family, families
 from suite.reports.sections.section import Section
 from suite.reports.tables import (
     Cell,
     Table,
+    best_overlap_cell,
     evidence_cell,
     mebibytes,
+    milliseconds,
     number,
+    overlap_cell,
     range_text,
     rounded,
     whole,
@@ -29,10 +32,9 @@ from suite.reports.tables import (
 MIB = 2**20
 NOTE = (
     "The same work per rank on ever more nodes. Efficiency is throughput per rank against that on 1 node "
-    "(whose "
-    "ranks need no network) and on 2. Runs of different sizes can't be timed in turns. Bands and bars: min "
-    "to max. "
-    "On one node a partition group of MiCS is as small as its default makes it; from 2 nodes on it is a node."
+    "(whose ranks need no network) and on 2. Runs of different sizes can't be timed in turns. Bands and "
+    "bars: min to max. On one node a partition group of MiCS is as small as its default makes it; from 2 "
+    "nodes on it is a node. " + OVERLAP_RULE
 )
 Spread = tuple[float, float, float]
 
@@ -61,6 +63,9 @@ def scaling_table(family: Family) -> Table:
         "against 2 nodes, %",
         "model TFLOPS per GPU",
         "exposed communication, ms",
+        "overlapped, %",
+        "at best, %",
+        "bound, ms",
         "sent between nodes per node and step, MiB",
         "partition size",
         "evidence",
@@ -80,7 +85,10 @@ def _row(curve: Curve, run: Record) -> tuple[Cell, ...]:
         _efficiency_cell(curve, run, 1),
         _efficiency_cell(curve, run, 2),
         number(run.model_tflops_per_gpu),
-        number(_milliseconds(run)),
+        milliseconds(run.exposed_comm_s),
+        overlap_cell(run),
+        best_overlap_cell(run),
+        milliseconds(bound_s(run)),
         mebibytes(run.inter_node_bytes_per_node),
         number(run.partition_size, whole),
         evidence_cell(run),
@@ -161,14 +169,7 @@ def _draw(
 ) -> None:
     """Median with its band; what is missing leaves a gap at the ends."""
     points = [(run.world_size, spread) for run in curve.points if (spread := read(run)) is not None]
-    if not points:
-        return
-    style, gpus = styles[curve.impl], [size for size, _ in points]
-    lows, middles, highs = zip(*(spread for _, spread in points), strict=True)
-    axes.fill_between(gpus, lows, highs, color=style.colour, alpha=0.15, linewidth=0)
-    axes.plot(
-        gpus, middles, style.line, color=style.colour, marker=style.marker, markersize=5, label=curve.label
-    )
+    draw_band(axes, curve.label, points, styles[curve.impl])
 
 
 def _efficiency_spread(curve: Curve, base: int, run: Record) -> Spread | None:
@@ -194,13 +195,8 @@ def _sent(run: Record) -> float | None:
 
 
 def _gpu_axis(axes: Axes, family: Family) -> None:
-    sizes = sorted({run.world_size for curve in family.members for run in curve.points})
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(sizes))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([str(size) for size in sizes])
-    axes.set_xlabel("GPUs (one rank each)")
-    axes.grid()
+    sizes = (run.world_size for curve in family.members for run in curve.points)
+    doubling_axis(axes, sizes, "GPUs (one rank each)")
 
 
 def _plot(
