@@ -53,8 +53,7 @@ class SharedLedger(Ledger):
         """Raises DesyncError when another rank is about to make another one, or does not come."""
         if lane not in self._lanes:
             # A connection each: a lane that waits must not keep another one from speaking.
-            own = self._store.clone()  # type: ignore[attr-defined]  (torch's stubs lack it)
-            self._lanes[lane] = _Lane(dist.PrefixStore(lane, own))
+            self._lanes[lane] = _Lane(dist.PrefixStore(lane, self._store.clone()))  # type: ignore[attr-defined]
         line = self._lanes[lane]
         what = f"{op} of {unit}, {nbytes} bytes"
         keys = [f"{line.position}/{rank}" for rank in range(self._world_size)]
