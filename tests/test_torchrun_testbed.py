@@ -102,7 +102,7 @@ def test_a_failure_on_any_node_is_named_and_the_next_ranks_start_afresh(tmp_path
     assert raised[0] == "1" and "rank 1 failed in raise_on: ValueError: planted failure" in raised[1]
     assert "raise ValueError" in raised[2]
     assert died[0] == "2" and "rank 2 was ended by SIGKILL in die_on" in died[1] and "last words" in died[2]
-    assert hung[0] == "3" and "rank 3 did not answer within 5 s in hang_on" in hung[1]
+    assert hung[0] == "3" and "rank 3 made no progress for 5 s in hang_on" in hung[1]
     assert "in hang_on" in hung[2]
 
 
