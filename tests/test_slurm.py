@@ -176,7 +176,7 @@ def test_a_job_is_submitted_run_and_collected(cluster: slurm_cluster.Cluster, tm
 def test_a_rank_that_fails_is_reported_from_the_job(cluster: slurm_cluster.Cluster, tmp_path: Path) -> None:
     words = ["run", "impl=ddp", *ON_SLURM, "testbed.timeout_s=0.0001"]
     status, _, err = finish(suite(*words, cluster=cluster, folder=tmp_path))
-    assert status == 3 and "did not answer within 0.0001 s in step" in err
+    assert status == 3 and "made no progress for 0.0001 s in step" in err
 
 
 @needs_slurm
