@@ -21,7 +21,7 @@ from rich.table import Table
 
 from suite.config import Config, load
 from suite.errors import SuiteError, UsageError
-from suite.records import AnyRecord, CheckRecord, append, read, to_json
+from suite.records import AnyRecord, CheckRecord, ProjectionRecord, append, read, to_json
 from suite.secrets import mask
 
 if TYPE_CHECKING:  # importing the harness takes seconds, which a wrong option need not pay
@@ -123,9 +123,12 @@ def _parser() -> argparse.ArgumentParser:
     project.add_argument("--json", action="store_true", help="one JSON object on stdout")
     project.add_argument("--out", type=Path, help="add the record(s) to this folder")
     project.add_argument("--trace", type=Path, help="write the step's timeline as a Chrome trace")
+    project.add_argument("--timeline", action="store_true", help="keep a part of it in the record")
+    project.add_argument("--picture", type=Path, help="draw a part of the timeline, as SVG or PDF")
     what = project.add_mutually_exclusive_group()
     what.add_argument("--scaling", action="store_true", help="weak scaling from 8 to 100,000 GPUs")
     what.add_argument("--published", action="store_true", help="published numbers beside projected ones")
+    what.add_argument("--elsewhere", action="store_true", help="the same for runs that nothing was fitted to")
     what.add_argument("--emulated", type=Path, help="hold projections against this folder's emulated records")
     what.add_argument("--sensitivity", action="store_true", help="how far assumptions move the numbers")
     project.add_argument("--markdown", action="store_true", help="those tables as the documentation has them")
@@ -226,9 +229,16 @@ def _project(parsed: argparse.Namespace) -> int:
     if parsed.emulated is not None:
         records, shown = commands.against_emulation(_read_results(parsed.emulated), parsed.markdown)
     else:
+        _require_drawable(parsed.picture)
         records, shown = commands.answer(
-            parsed.options, commands.Question.of(parsed), parsed.trace, parsed.markdown
+            parsed.options,
+            commands.Question.of(parsed),
+            parsed.trace,
+            parsed.markdown,
+            timeline=parsed.timeline or parsed.picture is not None,
         )
+        if parsed.picture is not None:
+            _draw(records[0], parsed.picture)
     for record in records if parsed.out is not None else ():
         append(parsed.out / "records.jsonl", record)
     if parsed.json:
@@ -236,6 +246,19 @@ def _project(parsed: argparse.Namespace) -> int:
     else:
         stdout.print(shown, soft_wrap=parsed.markdown)
     return 0
+
+
+def _require_drawable(picture: Path | None) -> None:
+    if picture is not None and picture.suffix not in (".svg", ".pdf"):
+        raise UsageError(f"--picture {picture} is neither SVG nor PDF; name a file that ends in .svg or .pdf")
+
+
+def _draw(record: ProjectionRecord, picture: Path) -> None:
+    from suite.reports.sections.projected_timeline import timeline_plot
+
+    plot = timeline_plot(record)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    picture.write_bytes(plot.pdf if picture.suffix == ".pdf" else plot.svg.encode())
 
 
 def _plan(parsed: argparse.Namespace) -> int:

@@ -149,9 +149,11 @@ class ProjectionRecord:
     `exposed_comm_s` what it waits. `memory` holds bytes by what they are for, and the limit.
     `assumptions` are the numbers that the model took for granted, by name. A record that stands for a
     published number carries it in `published`: what, quantity, role (fitted or predicted), the
-    published and the projected value, error, source, and what of the conditions is ours. A record that
-    stands for an emulated run, on that run's links and paces, names it in `stands_for`: its config_hash,
-    cohort and stage; times and bytes are those of the emulated cluster then, undilated.
+    published and the projected value, error, source, what of the conditions is ours, the runs that it
+    is made of, and how far it moves with each assumption. A record that stands for an emulated run, on
+    that run's links and paces, names it in `stands_for`: its config_hash, cohort and stage; times and
+    bytes are those of the emulated cluster then, undilated. `timeline` holds (stream, name, start, end
+    in seconds) around the turn from forward to backward, where a timeline was asked for.
     """
 
     impl: str
@@ -188,6 +190,7 @@ class ProjectionRecord:
     notes: list[str] = field(default_factory=list)
     env: dict[str, Any] = field(default_factory=dict)
     stage: str = ""
+    timeline: list[list[Any]] = field(default_factory=list)
     evidence: str = "projected"
     schema: str = PROJECTION_SCHEMA
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from torch.utils._pytree import tree_flatten
 
 from suite.config import ModelConfig
 from suite.impls import registry
+from suite.impls.ddp import DDP
+from suite.impls.sharded import native, two_hop
+from suite.impls.sharded.chain import Chain, Errand, Job
 from suite.impls.trainer import Recipe, Topology
 from suite.workloads.models import build_model
 
@@ -64,6 +67,40 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+class _InLine(Chain):
+    """Runs jobs where they are submitted: a recorder sees nothing of other threads."""
+
+    def run(self, job: Job, give_back: Callable[[], None] = lambda: None) -> Errand:
+        for transfer in job():
+            transfer.wait()
+        give_back()
+        return _Done()
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+
+class _Done(Errand):
+    def wait_stages(self) -> None:
+        """Over already."""
+
+    def wait(self) -> None:
+        """Over already."""
+
+
+def _watch_buckets(trainer: DDP, calls: list[Call]) -> None:
+    """The fake process group does not answer DDP's reducer, so its hook does."""
+
+    def hook(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        calls.append(("all-reduce", _bytes(bucket.buffer())))
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    hook.__annotations__.clear()  # it wants classes there, and these are their names
+    trainer._ddp.register_comm_hook(None, hook)
+
+
 class _Batch:
     def __init__(self, model: ModelConfig) -> None:
         self.ids = torch.randint(2, model.vocab, (1, model.seq_len))
@@ -101,6 +138,8 @@ def _record(
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    for module in (native, two_hop):
+        setattr(module, "make_chain", lambda device: _InLine())  # noqa: B010 (mypy)
     trainer = registry.build(
         impl,
         lambda: build_model(model, 0, activation_checkpointing=True),
@@ -109,7 +148,11 @@ def _record(
         options,
     )
     batches = [_Batch(model)] * micro_steps
+    buckets: list[Call] = []
+    if isinstance(trainer, DDP):
+        _watch_buckets(trainer, buckets)
     trainer.train_step(batches)
+    buckets.clear()
     with _Recorder(world_size) as recorder:
         trainer.train_step(batches)
-    sender.send(recorder.calls)
+    sender.send(recorder.calls + buckets)

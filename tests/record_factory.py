@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
+from suite.config import TestbedConfig
 from suite.records import AnyRecord, CheckRecord, ProjectionRecord, Record, Spread
 
 IMPLS = {
@@ -86,15 +87,7 @@ def config(
             "activation_checkpointing": False,
             "seed": 0,
         },
-        "testbed": {
-            "name": "local",
-            "ranks": 4,
-            "nodes": 4 // ranks_per_node,
-            "ranks_per_node": ranks_per_node,
-            "dilation": None,
-            "timeout_s": 120.0,
-            "startup_timeout_s": 300.0,
-        },
+        "testbed": asdict(TestbedConfig(ranks=4, nodes=4 // ranks_per_node, ranks_per_node=ranks_per_node)),
         "cluster": None,
         "wandb": {"mode": "offline", "entity": None, "project": "sharded-data-parallel"},
         "out": None,

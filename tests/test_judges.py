@@ -169,9 +169,26 @@ def test_memory_on_a_processor_is_shown_and_decides_nothing():
     pair = [factory.run("zero3"), factory.run("zero3", options={"contiguous_arenas": False})]
     pair[1] = replace(pair[1], peak_memory_bytes=2 * (pair[0].peak_memory_bytes or 0))
     verdict = verdict_on("Z6", list(pair))
-    assert verdict.verdict == "not testable here" and "MiB without" in verdict.findings[0].ours
-    on_gpu = [replace(run, env={**run.env, "accelerators": ["H200"]}) for run in pair]
-    assert verdict_on("Z6", list(on_gpu)).verdict == "reproduced"
+    assert verdict.verdict == "not testable here" and "no caching allocator" in verdict.findings[0].ours
+
+
+@pytest.mark.parametrize(
+    ("reserved", "flushes", "expected"),
+    [(1.0, 0, "not reproduced"), (1.2, 0, "reproduced"), (1.0, 3, "reproduced")],
+)
+def test_what_an_accelerators_allocator_held_and_flushed_decides_about_arenas(
+    reserved: float, flushes: int, expected: str
+):
+    def on_gpu(run: Record, share: float, retries: int) -> Record:
+        details = {"peak_reserved_bytes": share * 1e9, "fragmentation": 0.1, "alloc_retries": float(retries)}
+        return replace(run, device="H100", details=details)
+
+    pair = [factory.run("zero3"), factory.run("zero3", options={"contiguous_arenas": False})]
+    accelerated = [on_gpu(pair[0], 1.0, 0), on_gpu(pair[1], reserved, flushes)]
+    verdict = verdict_on("Z6", list(accelerated))
+    assert verdict.verdict == expected and f"{flushes} flushes" in verdict.findings[0].ours
+    beside = [replace(run, cohort="on the processor") for run in pair]
+    assert verdict_on("Z6", [*accelerated, *beside]).verdict == expected
 
 
 def test_three_rounds_apart_are_slower_and_two_are_not():

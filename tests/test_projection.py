@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -77,8 +78,10 @@ def test_the_cost_of_partition_groups_does_not_grow_with_the_cluster_and_zero3_s
 def test_the_plan_for_bert_50b_on_128_gpus_fits_is_sorted_and_says_why_others_lost() -> None:
     plan = make_plan("bert-50b", "p4d", 128)
     rates = [item.projection.model_tflops_per_gpu for item in plan.fastest]
-    assert len(rates) == 5 and rates == sorted(rates, reverse=True)
+    assert len(rates) == 5 and all(later <= 1.005 * sooner for sooner, later in pairwise(rates))
     assert all(item.projection.memory.fits for item in plan.fastest)
+    memory = [item.projection.memory.total for item in plan.fastest if item.reason.startswith("as fast")]
+    assert memory == sorted(memory), "what is as fast comes in the order of what it needs"
     assert [bool(item.reason) for item in plan.fastest] == [False, True, True, True, True]
     assert any("out of memory" in line for line in plan.lost)
 
@@ -105,7 +108,6 @@ def test_the_command_answers_with_one_json_object_and_a_trace(
     [
         (["impl=mics"], "needs a cluster"),
         (["impl=mixs", "cluster=p4d"], "did you mean 'mics'?"),
-        (["impl=mics", "cluster=p4d", "train.precision=fp32"], "use bf16"),
         (["impl=mics", "cluster=p4d", "impl.options.partition_size=3"], "use one of 1, 2, 4, 8"),
         (["impl=zero3", "cluster=p4d", "impl.options.partition_size=8"], "no partition groups"),
         (["impl=mics", "cluster=p4d", "impl.options.partition=8"], "did you mean 'partition_size'?"),
@@ -139,7 +141,7 @@ def test_the_calibration_recovers_the_value_that_made_the_numbers() -> None:
     given = default_assumptions()
     numbers = [number for number in NUMBERS if number.what == "RoBERTa-50B, ZeRO-3 before, 8 p4d"]
     made = [row.made() for row in evaluate(given.with_values({name: 0.6}), numbers)]
-    found = calibrate(given.only_fitting([name]), made)
+    found = calibrate(given.only_fitting([name]), made, tried=3, starts=1)
     assert found.value(name) == pytest.approx(0.6, rel=0.03)
 
 

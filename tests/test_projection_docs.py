@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from suite.projection.assumptions import default_assumptions
+from suite.projection.elsewhere import NUMBERS_ELSEWHERE
 from suite.projection.published_runs import evaluate
 from suite.projection.tables import (
     ASSUMPTION_COLUMNS,
+    ELSEWHERE_COLUMNS,
     PUBLISHED_COLUMNS,
     assumption_rows,
+    elsewhere_rows,
     markdown,
     published_rows,
 )
@@ -25,3 +28,8 @@ def test_the_published_table_is_the_one_that_the_command_prints() -> None:
 def test_the_assumptions_are_listed_with_their_values_and_ranges() -> None:
     entries = list(default_assumptions().entries.values())
     assert markdown(ASSUMPTION_COLUMNS, assumption_rows(entries)) in DOCS.read_text()
+
+
+def test_the_runs_of_others_are_shown_as_they_are_projected() -> None:
+    table = markdown(ELSEWHERE_COLUMNS, elsewhere_rows(evaluate(numbers=NUMBERS_ELSEWHERE)))
+    assert table in DOCS.read_text(), "write it anew: suite project --elsewhere --markdown"

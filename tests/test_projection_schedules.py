@@ -15,7 +15,7 @@ from suite.impls import registry
 from suite.projection.compute import Costs, Pass
 from suite.projection.layout import layout_of
 from suite.projection.methods import METHODS
-from suite.projection.network import Kind, make_groups
+from suite.projection.network import Collective, Kind, make_groups
 from suite.projection.schedules import Job, Replicated, Sharded, build_programs
 from suite.projection.simulate import Compute, Instruction, Start
 from suite.workloads.models import meta_model, n_params
@@ -25,13 +25,25 @@ WORLD, MICRO_STEPS = 4, 2
 COSTS = Costs(Pass(1.0, 2.0), Pass(0.1, 0.2), Pass(0.5, 1.0))
 
 
-def projected_calls(schedule: Sharded | Replicated, partition: int = WORLD) -> list[Call]:
-    programs = build_programs(schedule, job(partition))
+def projected_calls(
+    schedule: Sharded | Replicated, partition: int = WORLD, hierarchical: bool = False
+) -> list[Call]:
+    programs = build_programs(schedule, job(partition, hierarchical=hierarchical))
     return [
-        (item.collective.kind.value, round(item.collective.nbytes))
+        call
         for item in (*programs.early * (MICRO_STEPS - 1), *programs.last)
-        if isinstance(item, Start) and item.collective.nbytes > SMALL * 4
+        if isinstance(item, Start) and item.collective.nbytes > SMALL * 4 and item.collective.group.size > 1
+        for call in _calls(item.collective)
     ]
+
+
+def _calls(collective: Collective) -> list[Call]:
+    """A hierarchical collective is two calls: its stage between nodes handles a local rank's segment."""
+    kind, nbytes = collective.kind.value, round(collective.nbytes)
+    if not (collective.hierarchical and collective.group.nodes > 1):
+        return [(kind, nbytes)]
+    stages = [(kind, nbytes // collective.group.per_node), (kind, nbytes)]
+    return stages if collective.kind is Kind.ALL_GATHER else stages[::-1]
 
 
 def job(partition: int = WORLD, **changes: Any) -> Job:
@@ -67,6 +79,31 @@ def test_the_engine_s_calls_are_projected_exactly_and_in_order(impl: str) -> Non
     assert Counter(projected) == Counter(real)
     if schedule.coalesced:  # else parameters come in the engine's order, by size
         assert projected == real
+
+
+@pytest.mark.parametrize(("partition", "hierarchical"), [(1, False), (2, False), (4, False), (4, True)])
+def test_mics_s_calls_are_projected_exactly(partition: int, hierarchical: bool) -> None:
+    """Both stages of every hierarchical collective, and hop 2 of the last micro-step."""
+    real = real_calls("mics", partition_size=partition, hierarchical=hierarchical)
+    projected = projected_calls(METHODS["mics"].schedule, partition, hierarchical)
+    assert Counter(projected) == Counter(real)
+
+
+def test_ddp_reduces_every_gradient_once_a_step() -> None:
+    real, projected = real_calls("ddp"), projected_calls(METHODS["ddp"].schedule)
+    assert {kind for kind, _ in projected} == {kind for kind, _ in real} == {Kind.ALL_REDUCE.value}
+    assert total(projected, Kind.ALL_REDUCE) == total(real, Kind.ALL_REDUCE)
+
+
+@pytest.mark.slow
+def test_deepspeed_mics_reduces_in_both_hops_as_projected() -> None:
+    """Its gathers are cut by its own prefetch bucket, as those of its stage 3."""
+    schedule = METHODS["deepspeed-mics"].schedule
+    assert isinstance(schedule, Sharded)
+    real = real_calls("deepspeed-mics", partition_size=2)
+    projected = projected_calls(replace(schedule, persistent_below=0), 2)
+    for kind in (Kind.REDUCE_SCATTER, Kind.ALL_REDUCE):
+        assert total(projected, kind) == pytest.approx(total(real, kind), rel=0.005), kind
 
 
 @pytest.mark.parametrize(
@@ -136,3 +173,15 @@ def test_every_method_computes_the_same(name: str) -> None:
 
 def test_every_implementation_with_communication_can_be_projected() -> None:
     assert set(registry.IMPLEMENTATIONS) - {"floor"} <= set(METHODS)
+
+
+def test_modules_whose_reuse_is_far_are_gathered_a_third_time() -> None:
+    """Between the recomputation of a block's query and its backward lies nearly twice the block."""
+    schedule = METHODS["deepspeed-zero3-v0.5"].schedule
+    assert isinstance(schedule, Sharded)
+    everything = replace(schedule, persistent_below=0, reuse_elements=1)
+    nothing = replace(schedule, persistent_below=0, reuse_elements=None)
+    far, near = (total(projected_calls(method), Kind.ALL_GATHER) for method in (everything, nothing))
+    block = layout_of(MODEL).block
+    last_module = sum(block[-2:])  # nothing lies between its recomputation and its backward
+    assert far - near == pytest.approx(MICRO_STEPS * MODEL.layers * 2 * (sum(block) - last_module), rel=0.01)

@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 import record_factory as factory
 from wandb_files import read_runs, run_files
+from wandb_server import wandb_server
 
 from suite.config import WandbConfig
 from suite.records import append, read
 from suite.reports import wandb_log
+from suite.reports.cohorts import flat
 from suite.reports.metrics import per_step
 from suite.reports.wandb_log import log_records
 
@@ -149,6 +151,41 @@ def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     assert message and "not installed" in message and "\n" not in message
 
 
+def test_what_is_sent_is_everything_and_is_sent_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    record = factory.run("mics")
+    folder = results(tmp_path / "results", record)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with wandb_server() as (address, received):
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        monkeypatch.setenv("WANDB_API_KEY", SECRET)
+        assert log(folder, mode="online", compare=True) is None
+        assert log(folder, mode="online", compare=True) is None
+    assert os.listdir() == [] and files_with(SECRET, folder) == []
+    mics, comparison = (
+        next(key for key, run in received.runs.items() if run.get("jobType") == kind)
+        for kind in ("mics", "comparison")
+    )
+    assert set(received.runs) == {mics, comparison}
+    run = received.runs[mics]
+    assert (run["groupName"], set(run["tags"])) == (folder.name, {"local", "measured"})
+    config = {key: item["value"] for key, item in json.loads(run["config"]).items() if key != "_wandb"}
+    assert _leaves(config) == _leaves(record.config)
+    assert [row["train/loss"] for row in received.history[mics]] == record.losses
+    assert received.summary[mics]["step_time_s"]["median"] == record.step_time_s.median
+    # The comparison's artifacts are whole on the other side: every file of the report, byte by byte.
+    (key,) = [key for key, item in received.artifacts.items() if item["artifactTypeName"] == "report"]
+    assert key in received.committed
+    (page,) = folder.glob("wandb/reports/*/index.html")
+    for file in (path for path in page.parent.rglob("*") if path.is_file()):
+        assert received.files[f"{key}/{file.relative_to(page.parent)}"] == file.read_bytes()
+
+
+def _leaves(tree: dict[str, Any]) -> dict[str, Any]:
+    """W&B's sync leaves out a mapping that is empty."""
+    return {key: value for key, value in flat(tree).items() if value != {}}
+
+
 @pytest.fixture
 def dead_server():
     """An address at which connections are accepted and nothing is ever answered."""
@@ -184,6 +221,16 @@ def test_a_refused_connection_or_a_missing_login_is_no_success(
     assert message and "not sent" in message
 
 
+def test_a_server_that_refuses_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = results(tmp_path / "results", factory.run("ddp"))
+    with wandb_server(status=403) as (address, _):
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        monkeypatch.setenv("WANDB_API_KEY", SECRET)
+        message = log_records(folder, WandbConfig(mode="online"), sync_timeout_s=20)
+    assert message and "not sent" in message and SECRET not in message
+
+
+@pytest.mark.slow
 def test_a_measurement_with_a_key_and_no_server_is_measured_kept_and_silent_about_the_key(
     tmp_path: Path, dead_server: str
 ):

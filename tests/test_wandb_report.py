@@ -56,9 +56,10 @@ def test_every_grid_has_a_run_set_per_implementation_of_one_kind_of_evidence(wri
     for grid in grids:
         kinds = set()
         for run_set in grid["metadata"]["runSets"]:
-            filters = {item["key"]["name"]: item["value"] for item in run_set["filters"]["filters"]}
-            assert filters["jobType"] == run_set["name"] and filters["cohort"]
-            kinds.add(filters["evidence"])
+            filters = {item["key"]["name"]: item for item in run_set["filters"]["filters"]}
+            assert [filters[key]["op"] for key in ("jobType", "evidence", "cohort")] == ["=", "=", "IN"]
+            assert filters["jobType"]["value"] == run_set["name"] and filters["cohort"]["value"]
+            kinds.add(filters["evidence"]["value"])
         names = [run_set["name"] for run_set in grid["metadata"]["runSets"]]
         assert len(kinds) == 1 and len(set(names)) == len(names)
 

@@ -29,11 +29,11 @@ class Received:
 
 
 @contextmanager
-def wandb_server() -> Iterator[tuple[str, Received]]:
-    """The address and what has arrived there."""
+def wandb_server(status: int = 200) -> Iterator[tuple[str, Received]]:
+    """The address and what has arrived there; `status` answers every request."""
     received = Received()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"received": received}))
-    server.daemon_threads = True
+    handler = type("Handler", (_Handler,), {"received": received, "status": status})
+    server = _Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -44,9 +44,17 @@ def wandb_server() -> Iterator[tuple[str, Received]]:
         thread.join()
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """Clients that are done are ended, and their connections with them."""
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     received: Received
+    status: int
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -74,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _reply(self, content: Any) -> None:
         data = json.dumps(content).encode()
-        self.send_response(200)
+        self.send_response(self.status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

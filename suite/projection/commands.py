@@ -13,10 +13,12 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from suite import records
+from suite.errors import UsageError
 from suite.projection import tables
 from suite.projection.against_emulation import compare
 from suite.projection.assumptions import default_assumptions, keep
 from suite.projection.calibrate import calibrate
+from suite.projection.elsewhere import NUMBERS_ELSEWHERE
 from suite.projection.plan import make_plan
 from suite.projection.project import project
 from suite.projection.published_runs import evaluate, fit_numbers, projected_config, sensitivities
@@ -32,6 +34,7 @@ class Question(Enum):
     STEP = "step"
     SCALING = "scaling"
     PUBLISHED = "published"
+    ELSEWHERE = "elsewhere"
     CALIBRATE = "calibrate"
     SENSITIVITY = "sensitivity"
 
@@ -41,26 +44,37 @@ class Question(Enum):
 
 
 def answer(
-    words: Sequence[str], question: Question, trace: Path | None = None, markdown: bool = False
+    words: Sequence[str],
+    question: Question,
+    trace: Path | None = None,
+    markdown: bool = False,
+    timeline: bool = False,
 ) -> tuple[list[ProjectionRecord], RenderableType]:
-    """Raises UsageError for what cannot be projected."""
+    """Raises UsageError for what cannot be projected, and for a timeline of more than one step."""
+    if (timeline or trace is not None) and question is not Question.STEP:
+        raise UsageError("a timeline is of one step; leave --trace, --timeline and --picture out")
     if question is Question.SCALING:
         curve = weak_scaling(projected_config(words))
         return scaling_records(curve), tables.scaling_table(curve)
     if question is Question.STEP:
-        projection = project(projected_config(words), timeline=trace is not None)
+        projection = project(projected_config(words), timeline=timeline or trace is not None)
         if trace is not None:
             write_trace(trace, projection.spans, projection.config.impl.name)
         return [record_of(projection)], tables.projection_table(projection)
     given = default_assumptions()
+    if question is Question.ELSEWHERE:
+        now = evaluate(given, NUMBERS_ELSEWHERE)
+        shown = _shown(tables.ELSEWHERE_COLUMNS, tables.elsewhere_rows(now), markdown)
+        return published_records(now, given), shown
     if question is Question.CALIBRATE:
         given = calibrate(given, fit_numbers())
         keep(given)
     now = evaluate(given)
     if question is Question.SENSITIVITY:
-        rows = tables.sensitivity_rows(sensitivities(given), now)
-        return published_records(given), _shown(tables.SENSITIVITY_COLUMNS, rows, markdown)
-    return published_records(given), Group(
+        moved = sensitivities(given)
+        rows = tables.sensitivity_rows(moved, now)
+        return published_records(now, given, moved), _shown(tables.SENSITIVITY_COLUMNS, rows, markdown)
+    return published_records(now, given), Group(
         _shown(tables.PUBLISHED_COLUMNS, tables.published_rows(now), markdown),
         _shown(tables.ASSUMPTION_COLUMNS, tables.assumption_rows(list(given.entries.values())), markdown),
     )
@@ -84,9 +98,6 @@ def _shown(columns: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool
 def plan(model: str, cluster: str, gpus: int, global_batch: int | None) -> tuple[RenderableType, str]:
     """The fastest configurations as a table and as JSON. Raises UsageError when nothing fits."""
     found = make_plan(model, cluster, gpus, global_batch)
-    summary = f"{found.tried} configurations tried, {found.out_of_memory} do not fit memory.\n" + "\n".join(
-        found.lost
-    )
     content = {
         "evidence": "projected",
         "fastest": [
@@ -97,7 +108,7 @@ def plan(model: str, cluster: str, gpus: int, global_batch: int | None) -> tuple
         "tried": found.tried,
         "out_of_memory": found.out_of_memory,
     }
-    return Group(tables.plan_table(found), Text(summary)), json.dumps(content)
+    return Group(tables.plan_table(found), Text(tables.plan_text(found))), json.dumps(content)
 
 
 def to_json(rows: Sequence[ProjectionRecord]) -> str:

@@ -9,15 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from suite.config import Config
-from suite.projection.compute import Costs
+from suite.projection.compute import ELEMENT_BYTES, Costs
 from suite.projection.hardware import Hardware, Link
 from suite.projection.layout import layout_of
 from suite.projection.methods import AUTO, find_method, parse_options, with_switches
 from suite.projection.network import cost_on, make_groups
 from suite.projection.schedules import Job, build_programs
 from suite.projection.simulate import Machine, run_step
-
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)

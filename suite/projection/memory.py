@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from suite.config import ModelConfig
 from suite.projection.assumptions import Assumptions
-from suite.projection.compute import HALF
+from suite.projection.compute import HALF, Kernels
 from suite.projection.hardware import GIB, Hardware
 from suite.projection.layout import Layout
 
@@ -20,6 +20,7 @@ class States:
     """How many ranks share each kind of model state, and bytes per element of it.
 
     `buffers` are bytes that the method sets aside: buckets, what is gathered at a time.
+    `half`: weights are computed with in half precision, beside fp32 masters with the optimizer.
     """
 
     weights: int
@@ -27,12 +28,12 @@ class States:
     optimizer: int
     gradient_bytes: int
     buffers: float
+    half: bool = True
 
     def nbytes(self, parameters: int) -> float:
-        """Half-precision weights, gradients, fp32 masters with both moments; without the buffers."""
-        per_element = (
-            HALF / self.weights + self.gradient_bytes / self.gradients + (FP32 + ADAM) / self.optimizer
-        )
+        """Weights, gradients, both moments and in half precision fp32 masters; without the buffers."""
+        weights = HALF / self.weights + FP32 / self.optimizer if self.half else FP32 / self.weights
+        per_element = weights + self.gradient_bytes / self.gradients + ADAM / self.optimizer
         return parameters * per_element
 
 
@@ -61,24 +62,27 @@ def memory_of(
     states: States,
     micro_batch: int,
     checkpointing: bool,
+    kernels: Kernels,
     hardware: Hardware,
     given: Assumptions,
 ) -> Memory:
     """The most that a step needs at a time."""
     held = states.nbytes(layout.total)
-    activations = activation_bytes(model, micro_batch, checkpointing)
+    activations = activation_bytes(model, micro_batch, checkpointing, kernels)
     lost = given.value("fragmentation") * (activations + states.buffers)
     fixed = given.value("runtime_gib") * GIB
     return Memory(held, activations, states.buffers, lost + fixed, hardware.memory_bytes)
 
 
-def activation_bytes(model: ModelConfig, micro_batch: int, checkpointing: bool) -> float:
-    """Of a transformer trained in half precision without fused attention: 34 bytes per hidden element
-    of a block and 5 per attention score (Korthikanti et al., 2022); with checkpointing only the
-    blocks' inputs, and one block at work. The head's logits and their gradient are there in fp32."""
-    tokens = micro_batch * model.seq_len
-    block = 34.0 * tokens * model.hidden + 5.0 * tokens * model.seq_len * model.heads
-    logits = (HALF + 2 * FP32) * tokens * model.vocab
+def activation_bytes(model: ModelConfig, micro_batch: int, checkpointing: bool, kernels: Kernels) -> float:
+    """Of a transformer trained in half precision: 34 bytes per hidden element of a block and, unless
+    attention is fused, 5 per attention score (Korthikanti et al., 2022), twice of both in fp32; with
+    checkpointing only the blocks' inputs, and one block at work. The head's logits and their gradient
+    are there in fp32."""
+    tokens, size = micro_batch * model.seq_len, kernels.element_bytes
+    scores = 0.0 if kernels.fused else 5.0 * tokens * model.seq_len * model.heads
+    block = size / HALF * (34.0 * tokens * model.hidden + scores)
+    logits = ((HALF if size == HALF else 0) + 2 * FP32) * tokens * model.vocab
     if not checkpointing:
         return model.layers * block + logits
-    return model.layers * HALF * tokens * model.hidden + max(block, logits)
+    return model.layers * size * tokens * model.hidden + max(block, logits)

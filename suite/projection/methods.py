@@ -21,6 +21,8 @@ from suite.projection.schedules import NEXT_UNIT, ON_DEMAND, Replicated, Sharded
 AUTO = "auto"
 DEEPSPEED_BUCKET = 500_000_000
 """Elements; DeepSpeed's default `reduce_bucket_size` and `allgather_bucket_size`."""
+REUSE_DISTANCE = 1_000_000_000
+"""Elements; DeepSpeed's default `stage3_max_reuse_distance`."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ DEEPSPEED = Sharded(
 DEEPSPEED_2021 = Sharded(
     ON_DEMAND,
     keeps_root=False,
+    by_module=True,
+    reuse_elements=REUSE_DISTANCE,
     coalesced=False,
     blocking=True,
     persistent_below=100_000,
@@ -113,7 +117,8 @@ class Options:
 
     `partition_size` None or `auto`: the smallest whose replica fits into memory. `hierarchical` None:
     wherever a partition group is made of several whole nodes. `reduce_bucket_size` and
-    `prefetch_bucket_size` (elements) are DeepSpeed's.
+    `prefetch_bucket_size` (elements) are DeepSpeed's. `fused_attention` is no implementation's but the
+    model's; None: as it was in the software of the GPU's time (`score_passes` of the assumptions).
     """
 
     partition_size: str | None = None
@@ -124,6 +129,7 @@ class Options:
     coalesced: bool | None = None
     reduce_bucket_size: int | None = None
     prefetch_bucket_size: int | None = None
+    fused_attention: bool | None = None
 
 
 def find_method(name: str) -> Method:

@@ -14,6 +14,8 @@ from suite.projection.published_runs import projected_config
 
 SAMPLES_PER_GPU = 64
 """Of a step, when no global batch is asked for: 8192 samples on 128 GPUs."""
+EQUAL = 0.005
+"""Relative difference in throughput below which the model cannot tell two configurations apart."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Plan:
-    """`fastest` in order; `lost` is the best of every other partition size, or why it cannot run."""
+    """`fastest` in order, equally fast ones by memory; `lost` is the best of every other partition
+    size, or why it cannot run."""
 
     fastest: tuple[Candidate, ...]
     lost: tuple[str, ...]
@@ -86,7 +89,7 @@ def make_plan(
             f"{model} does not fit {gpus} GPUs of {cluster}: the smallest configuration needs "
             f"{min(short.values()):.0f} GiB on each; use more GPUs"
         )
-    ranked = sorted(fitting, key=lambda item: -item.projection.model_tflops_per_gpu)
+    ranked = _ranked(fitting)
     fastest = [_explained(item, ranked[0]) for item in ranked[:top]]
     return Plan(tuple(fastest), tuple(_lost(ranked, short)), len(choices), len(choices) - len(fitting))
 
@@ -115,6 +118,18 @@ def _choices(config: Config, gpus: int, global_batch: int | None, given: Assumpt
                     yield Choice(partition, micro_batch, samples // micro_batch, hierarchical, world)
 
 
+def _ranked(fitting: Sequence[Candidate]) -> list[Candidate]:
+    """Those that are as fast as the fastest by what they need, then the others by speed."""
+    best = max(item.projection.model_tflops_per_gpu for item in fitting)
+
+    def key(item: Candidate) -> tuple[bool, float]:
+        rate = item.projection.model_tflops_per_gpu
+        slower = rate < (1 - EQUAL) * best
+        return slower, -rate if slower else item.projection.memory.total
+
+    return sorted(fitting, key=key)
+
+
 def _explained(item: Candidate, first: Candidate) -> Candidate:
     return Candidate(item.choice, item.projection, _reason(item.projection, first.projection))
 
@@ -123,6 +138,10 @@ def _reason(loser: Projection, winner: Projection) -> str:
     """What the loser's step has more of."""
     if loser is winner:
         return ""
+    behind = 1 - loser.model_tflops_per_gpu / winner.model_tflops_per_gpu
+    if behind <= EQUAL:
+        more = (loser.memory.total - winner.memory.total) / GIB
+        return f"as fast (within {EQUAL:.1%}), but takes {more:.1f} GiB more" if more > 0 else "as fast"
     waits, computes = loser.exposed_s - winner.exposed_s, loser.compute_s - winner.compute_s
     if waits >= computes:
         return f"waits {waits:.2f} s longer for communication"

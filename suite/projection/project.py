@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from suite.config import ClusterConfig, Config
 from suite.errors import UsageError
 from suite.projection.assumptions import Assumptions, default_assumptions
-from suite.projection.compute import HALF, Costs, compute_costs, optimizer_s
+from suite.projection.compute import HALF, Kernels, compute_costs, kernels_of, optimizer_s
 from suite.projection.hardware import Hardware, hardware_of
 from suite.projection.layout import layout_of
 from suite.projection.memory import Memory, States, memory_of
@@ -21,8 +22,8 @@ from suite.projection.methods import (
     with_switches,
 )
 from suite.projection.network import Wire, cost_on, make_groups
-from suite.projection.schedules import Job, Sharded, build_programs
-from suite.projection.simulate import Machine, Programs, Span, run_step
+from suite.projection.schedules import Job, Replicated, Sharded, build_programs
+from suite.projection.simulate import Machine, Span, run_step
 from suite.workloads.flops import hardware_flops, model_flops
 
 
@@ -54,87 +55,97 @@ class Projection:
     spans: tuple[Span, ...] = ()
 
 
+@dataclass(frozen=True)
+class Case:
+    """A configuration and what follows from it before a partition size is chosen."""
+
+    config: Config
+    method: Method
+    options: Options
+    hardware: Hardware
+    kernels: Kernels
+    given: Assumptions
+
+
 def project(config: Config, assumptions: Assumptions | None = None, timeline: bool = False) -> Projection:
     """What the configuration would do on its cluster. Raises UsageError for what cannot be."""
-    given = assumptions or default_assumptions()
-    cluster = _require_cluster(config)
-    method, options = find_method(config.impl.name), parse_options(config)
-    hardware = hardware_of(cluster, given)
-    partition = partition_of(config, method, options, hardware, given)
-    hierarchical = _hierarchical(method, options, partition, hardware)
-    costs = compute_costs(config.workload.model, config.train.micro_batch, hardware, given)
-    programs = programs_of(config, method, options, partition, hierarchical, hardware, costs, given)
-    machine = run_step(
-        programs, config.train.micro_steps, cost_on(hardware), given.value("overlap_slowdown"), timeline
+    case = case_of(config, assumptions)
+    partition = partition_of(case)
+    hierarchical = _hierarchical(case, partition)
+    machine = _execute(
+        with_switches(case.method.schedule, case.options),
+        _job(case, partition, hierarchical),
+        config.train.micro_steps,
+        case.hardware,
+        case.given.value("overlap_slowdown"),
+        timeline,
     )
-    memory = _memory(config, method, options, partition, hardware, given)
-    return _result(config, method, partition, hierarchical, hardware, machine, memory)
+    return _result(case, partition, hierarchical, machine)
+
+
+@lru_cache(maxsize=64)
+def _execute(
+    schedule: Sharded | Replicated,
+    job: Job,
+    micro_steps: int,
+    hardware: Hardware,
+    slowdown: float,
+    timeline: bool,
+) -> Machine:
+    """Kept, because most assumptions do not touch most runs: what moves one need not repeat the others."""
+    return run_step(build_programs(schedule, job), micro_steps, cost_on(hardware), slowdown, timeline)
 
 
 def memory_for(config: Config, assumptions: Assumptions | None = None) -> Memory:
     """What the configuration needs on each rank, without executing anything. Raises UsageError."""
+    case = case_of(config, assumptions)
+    return _memory(case, partition_of(case))
+
+
+def case_of(config: Config, assumptions: Assumptions | None = None) -> Case:
+    """Raises UsageError for a configuration without a cluster, or one that its method cannot have."""
     given = assumptions or default_assumptions()
     method, options = find_method(config.impl.name), parse_options(config)
-    hardware = hardware_of(_require_cluster(config), given)
-    partition = partition_of(config, method, options, hardware, given)
-    return _memory(config, method, options, partition, hardware, given)
+    hardware = hardware_of(_require_cluster(config), given, config.train.precision)
+    kernels = kernels_of(config.train.precision, hardware, given, options.fused_attention)
+    return Case(config, method, options, hardware, kernels, given)
 
 
 def _require_cluster(config: Config) -> ClusterConfig:
     if config.cluster is None:
         raise UsageError("a projection needs a cluster, such as cluster=p4d cluster.nodes=16")
-    if config.train.precision != "bf16":
-        raise UsageError(
-            f"train.precision={config.train.precision} cannot be projected; "
-            "use bf16, the one whose kernels are modelled"
-        )
     return config.cluster
 
 
-def programs_of(
-    config: Config,
-    method: Method,
-    options: Options,
-    partition: int,
-    hierarchical: bool,
-    hardware: Hardware,
-    costs: Costs,
-    given: Assumptions,
-) -> Programs:
-    """The method's programs with these costs of computing, whatever they come from."""
-    layout = layout_of(config.workload.model)
-    job = Job(
+def _job(case: Case, partition: int, hierarchical: bool) -> Job:
+    """What the method has to do with partition groups of that size."""
+    config, hardware, given = case.config, case.hardware, case.given
+    model, layout = config.workload.model, layout_of(config.workload.model)
+    return Job(
         layout=layout,
-        costs=costs,
+        costs=compute_costs(model, config.train.micro_batch, hardware, case.kernels, given),
         groups=make_groups(hardware.world_size, hardware.ranks_per_node, partition),
         checkpointing=config.train.activation_checkpointing,
-        element_bytes=HALF if config.train.precision == "bf16" else 2 * HALF,
-        optimizer_s=optimizer_s(
-            layout.total / _optimizer_ranks(method, options, partition, hardware), hardware, given
-        ),
+        element_bytes=case.kernels.element_bytes,
+        optimizer_s=optimizer_s(layout.total / _optimizer_ranks(case, partition), hardware, given),
         hierarchical=hierarchical,
-        two_hop=options.two_hop,
-        world_optimizer=options.optimizer_sharding == "world",
+        two_hop=case.options.two_hop,
+        world_optimizer=case.options.optimizer_sharding == "world",
         decision_s=given.value("decision_us") * 1e-6,
         copy_s_per_byte=given.value("flatten_passes") / hardware.memory_bytes_s,
         stall_s_per_byte=given.value("stall_ms_per_gb") * 1e-12 * hardware.world_size,
     )
-    return build_programs(with_switches(method.schedule, options), job)
 
 
-def partition_of(
-    config: Config, method: Method, options: Options, hardware: Hardware, given: Assumptions
-) -> int:
+def partition_of(case: Case) -> int:
     """The partition size that is asked for or, when it is left open, the smallest that fits memory."""
-    if not method.groups:
-        return hardware.world_size
-    if options.partition_size not in (None, AUTO):
-        return _checked_partition(str(options.partition_size), hardware)
-    sizes = partition_sizes(hardware)
-    for size in sizes:
-        if _memory(config, method, options, size, hardware, given).fits:
-            return size
-    return sizes[-1]
+    asked = case.options.partition_size
+    if not case.method.groups:
+        return case.hardware.world_size
+    if asked not in (None, AUTO):
+        return _checked_partition(str(asked), case.hardware)
+    sizes = partition_sizes(case.hardware)
+    return next((size for size in sizes if _memory(case, size).fits), sizes[-1])
 
 
 def partition_sizes(hardware: Hardware) -> list[int]:
@@ -155,39 +166,34 @@ def _checked_partition(text: str, hardware: Hardware) -> int:
     return int(text)
 
 
-def _hierarchical(method: Method, options: Options, partition: int, hardware: Hardware) -> bool:
-    spans_nodes = partition > hardware.ranks_per_node
-    if options.hierarchical and not (method.hierarchical and spans_nodes):
+def _hierarchical(case: Case, partition: int) -> bool:
+    asked, has = case.options.hierarchical, case.method.hierarchical
+    spans_nodes = partition > case.hardware.ranks_per_node
+    if asked and not (has and spans_nodes):
         raise UsageError(
             "impl.options.hierarchical=true needs a method that has it and a partition group of several nodes"
         )
-    return spans_nodes and (method.hierarchical if options.hierarchical is None else options.hierarchical)
+    return spans_nodes and (has if asked is None else asked)
 
 
-def _optimizer_ranks(method: Method, options: Options, partition: int, hardware: Hardware) -> int:
-    if not method.shards_optimizer:
+def _optimizer_ranks(case: Case, partition: int) -> int:
+    if not case.method.shards_optimizer:
         return 1
-    return hardware.world_size if options.optimizer_sharding == "world" else partition
+    return case.hardware.world_size if case.options.optimizer_sharding == "world" else partition
 
 
-def _memory(
-    config: Config,
-    method: Method,
-    options: Options,
-    partition: int,
-    hardware: Hardware,
-    given: Assumptions,
-) -> Memory:
-    model, layout = config.workload.model, layout_of(config.workload.model)
-    sharded = isinstance(method.schedule, Sharded)
-    bucket = options.reduce_bucket_size or DEEPSPEED_BUCKET
+def _memory(case: Case, partition: int) -> Memory:
+    config, method = case.config, case.method
+    model, layout, size = config.workload.model, layout_of(config.workload.model), case.kernels.element_bytes
+    bucket = case.options.reduce_bucket_size or DEEPSPEED_BUCKET
     whole = sum(layout.root) + method.live_blocks * sum(layout.block)
     states = States(
-        weights=partition if sharded else 1,
+        weights=partition if isinstance(method.schedule, Sharded) else 1,
         gradients=partition if method.shards_gradients else 1,
-        optimizer=_optimizer_ranks(method, options, partition, hardware),
-        gradient_bytes=method.gradient_bytes,
-        buffers=HALF * (whole + method.set_aside * bucket / DEEPSPEED_BUCKET),
+        optimizer=_optimizer_ranks(case, partition),
+        gradient_bytes=max(method.gradient_bytes, size),
+        buffers=size * (whole + method.set_aside * bucket / DEEPSPEED_BUCKET),
+        half=size == HALF,
     )
     return memory_of(
         model,
@@ -195,20 +201,14 @@ def _memory(
         states,
         config.train.micro_batch,
         config.train.activation_checkpointing,
-        hardware,
-        given,
+        case.kernels,
+        case.hardware,
+        case.given,
     )
 
 
-def _result(
-    config: Config,
-    method: Method,
-    partition: int,
-    hierarchical: bool,
-    hardware: Hardware,
-    machine: Machine,
-    memory: Memory,
-) -> Projection:
+def _result(case: Case, partition: int, hierarchical: bool, machine: Machine) -> Projection:
+    config, hardware = case.config, case.hardware
     train, model = config.train, config.workload.model
     samples = train.micro_batch * train.micro_steps
     step = machine.compute_s
@@ -216,7 +216,7 @@ def _result(
     return Projection(
         config=config,
         world_size=hardware.world_size,
-        partition_size=partition if isinstance(method.schedule, Sharded) else None,
+        partition_size=partition if isinstance(case.method.schedule, Sharded) else None,
         hierarchical=hierarchical,
         n_params=layout_of(model).total,
         step_s=step,
@@ -226,7 +226,7 @@ def _result(
         sent_bytes=machine.sent_bytes,
         node_bytes=machine.node_bytes,
         calls=machine.calls,
-        memory=memory,
+        memory=_memory(case, partition),
         model_tflops_per_gpu=model_flops(model, samples) / step / 1e12,
         hardware_tflops_per_gpu=executed / 1e12,
         samples_per_s=samples * hardware.world_size / step,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,8 +12,9 @@ from suite.projection.against_emulation import Comparison as Emulated
 from suite.projection.assumptions import Assumptions, default_assumptions
 from suite.projection.methods import find_method
 from suite.projection.project import Projection, project
-from suite.projection.published_runs import Comparison, evaluate, project_runs
+from suite.projection.published_runs import Comparison, Sensitivity
 from suite.projection.scaling import Curve
+from suite.projection.trace import around_the_turn
 from suite.records import ProjectionRecord
 
 PUBLISHED_STAGE = "published runs"
@@ -64,6 +65,7 @@ def record_of(
         published=published,
         notes=list(notes),
         stage=stage,
+        timeline=[list(astuple(span)) for span in around_the_turn(projection.spans)],
     )
 
 
@@ -117,19 +119,27 @@ def _stand_in(row: Emulated) -> ProjectionRecord:
     )
 
 
-def published_records(assumptions: Assumptions | None = None) -> list[ProjectionRecord]:
-    """One record per published number, of the (first) run behind it."""
-    given = assumptions or default_assumptions()
-    projections = project_runs(given)
+def published_records(
+    rows: Sequence[Comparison], assumptions: Assumptions, moved: Sequence[Sensitivity] = ()
+) -> list[ProjectionRecord]:
+    """One record per published number, of the (first) run behind it, with what was found to move it."""
     return [
         record_of(
-            projections[row.number.runs[0]],
-            given,
-            _published(row),
+            row.runs[0],
+            assumptions,
+            {
+                **_published(row),
+                "runs": [_run(projection) for projection in row.runs],
+                "sensitivities": {
+                    item.assumption: [*item.range, item.at_low, item.at_high]
+                    for item in moved
+                    if item.what == row.number.what
+                },
+            },
             (f"not stated by the source: {row.unstated}",) if row.unstated else (),
             PUBLISHED_STAGE,
         )
-        for row in evaluate(given)
+        for row in rows
     ]
 
 
@@ -147,6 +157,15 @@ def scaling_records(curve: Curve) -> list[ProjectionRecord]:
         )
         for point in curve.points
     ]
+
+
+def _run(projection: Projection) -> dict[str, Any]:
+    return {
+        "impl": projection.config.impl.name,
+        "gpus": projection.world_size,
+        "model_tflops_per_gpu": projection.model_tflops_per_gpu,
+        "hardware_tflops_per_gpu": projection.hardware_tflops_per_gpu,
+    }
 
 
 def _published(row: Comparison) -> dict[str, Any]:

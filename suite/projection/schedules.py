@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from suite.impls.sharded.schedule import Event, Limits, Op, Phase, plan
@@ -27,24 +27,24 @@ ROOT_NAME = "root"
 class Sharded:
     """How a method with sharded weights fetches and reduces.
 
-    `keeps_turn`: the last block stays between its forward and backward; `keeps_root`: so does the
-    root. `by_module`: a block's
-    modules are fetched one by one, not together. `overlapping_hooks`: a block's backward is reported
-    (and fetched for) before the gradients of the block above it are sent. `coalesced`: a unit in
-    one call, otherwise one per parameter. `blocking`: every collective is waited for by the host
-    where it is issued. Parameters below `persistent_below` elements are never gathered.
-    `reduce_bucket` (elements) collects gradients of several units; 0 sends each unit's alone.
-    `in_flight` reductions may be on their way. `chained`: hop 2 follows hop 1 by itself, not when the
-    compute comes to settle it. `align`: shards are multiples of so many elements.
-    `decides` and `stalls`: pays the
-    assumed host time per fetched unit, and the assumed allocator stalls.
-    `flattens`: collectives work on lists, with copies before or after.
+    `keeps_turn`: the last block stays between its forward and backward; `keeps_root`: so does the root.
+    `by_module`: a block's modules are fetched one by one, not together; a module stays from its
+    recomputation to its backward when fewer than `reuse_elements` are used in between (None: always).
+    `overlapping_hooks`: a block's backward is reported (and fetched for) before the gradients of the
+    block above it are sent. `coalesced`: a unit in one call, otherwise one per parameter. `blocking`:
+    every collective is waited for by the host where it is issued. Parameters below `persistent_below`
+    elements are never gathered. `reduce_bucket` (elements) collects gradients of several units; 0 sends
+    each unit's alone. `in_flight` reductions may be on their way. `chained`: hop 2 follows hop 1 by
+    itself, not when the compute comes to settle it. `align`: shards are multiples of so many elements.
+    `decides` and `stalls`: pays the assumed host time per fetched unit, and the assumed allocator
+    stalls. `flattens`: collectives work on lists, with copies before or after.
     """
 
     limits: Limits = NEXT_UNIT
     keeps_turn: bool = False
     keeps_root: bool = True
     by_module: bool = False
+    reuse_elements: int | None = None
     overlapping_hooks: bool = False
     coalesced: bool = True
     blocking: bool = False
@@ -94,12 +94,13 @@ class Job:
 
 
 def build_programs(method: Sharded | Replicated, job: Job) -> Programs:
-    """The programs of a method. Raises ValueError for groups that it cannot have."""
+    """The programs of a method."""
     if isinstance(method, Replicated):
         early = tuple(_replicated(method, job, last=False))
         return Programs(early, (*_replicated(method, job, last=True), *_spread(method, job)))
     last = tuple(_ShardedMicroStep(method, job, synchronizes=True).program())
-    early = last if not job.two_hop else tuple(_ShardedMicroStep(method, job, False).program())
+    saves_hop2 = job.two_hop and job.groups.replication.size > 1
+    early = tuple(_ShardedMicroStep(method, job, False).program()) if saves_hop2 else last
     return Programs(early, (*last, *_sharded_update(job)))
 
 
@@ -109,11 +110,13 @@ def build_programs(method: Sharded | Replicated, job: Job) -> Programs:
 @dataclass(frozen=True)
 class Use:
     """A unit in one of its uses: a use that never shares its weights with another is a unit of its own
-    to `plan`. `elements`: those of its parameters; `share`: its part of a block's compute."""
+    to `plan`. `elements`: those of its parameters; `share`: its part of a block's compute; `here`: its
+    weights have stayed from the use before."""
 
     name: str
     elements: tuple[int, ...]
     share: float = 1.0
+    here: bool = False
 
 
 @dataclass
@@ -178,11 +181,22 @@ class _ShardedMicroStep:
                 uses += [uses[index] for index in indices]
                 indices = list(range(len(uses) - parts, len(uses)))
             if self.job.checkpointing and self.method.by_module:
-                # The recomputation fetches module by module, and all stay until their backward.
-                events += [Event(Phase.FORWARD, index) for index in indices]
+                indices = [self._recomputed(index, indices, uses, events) for index in indices]
             for index in reversed(indices):
                 events += [Event(Phase.BACKWARD, index), Event(Phase.BACKWARD_END, index)]
         return _overlapping(events) if self.method.overlapping_hooks else events
+
+    def _recomputed(self, index: int, block: list[int], uses: list[Use], events: list[Event]) -> int:
+        """Adds a module's recomputation; returns the use that its backward is, in which its weights are
+        here already or, when too much lies in between, are fetched again. In either case it is a use of
+        its own: prefetching looks past what is here."""
+        events.append(Event(Phase.FORWARD, index))
+        between = 2 * sum(sum(uses[other].elements) for other in block if other > index)
+        stays = self.method.reuse_elements is None or between < self.method.reuse_elements
+        if not stays:
+            events.append(Event(Phase.FORWARD_END, index))
+        uses.append(replace(uses[index], here=stays))
+        return len(uses) - 1
 
     def _block_uses(self) -> Iterator[Use]:
         for number in range(1, self.job.layout.layers + 1):
@@ -234,7 +248,7 @@ class _ShardedMicroStep:
     def _gathered(self, use: Use) -> list[float]:
         """Bytes of each parameter that is gathered."""
         size = self.job.element_bytes
-        return [size * n for n in use.elements if n >= self.method.persistent_below]
+        return [size * n for n in use.elements if n >= self.method.persistent_below and not use.here]
 
     def _gather(
         self, units: Sequence[int], uses: Sequence[Use], calls: dict[int, list[Key]]
@@ -342,6 +356,7 @@ def _replicated(method: Replicated, job: Job, last: bool) -> Iterator[Instructio
     yield Compute("head backward", costs.head.backward_s)
     reduces = last or method.every_micro_step
     pending, started = 0, 0
+    gradient_bytes = max(method.gradient_bytes, job.element_bytes)
     for number in range(job.layout.layers, -1, -1):
         if number == 0:
             yield Compute("embedding backward", costs.embedding.backward_s)
@@ -356,7 +371,7 @@ def _replicated(method: Replicated, job: Job, last: bool) -> Iterator[Instructio
             started += 1
             yield Start(
                 ("gradients", started),
-                Collective(method.reduce, method.gradient_bytes * sent, job.groups.world),
+                Collective(method.reduce, gradient_bytes * sent, job.groups.world),
             )
             if not method.overlaps:
                 yield Wait(("gradients", started), blocking=True)
@@ -371,6 +386,6 @@ def _spread(method: Replicated, job: Job) -> Iterator[Instruction]:
         sent = min(left, method.bucket)
         left -= sent
         number += 1
-        nbytes = method.weight_bytes * sent
+        nbytes = max(method.weight_bytes, job.element_bytes) * sent
         yield Start(("weights", number), Collective(method.spread, nbytes, job.groups.world))
         yield Wait(("weights", number))

@@ -153,9 +153,9 @@ class Machine:
             self.communication_s[stage.wire] += stage.seconds
             self.node_bytes += stage.node_bytes
             self.sent_bytes += stage.sent_bytes
-            self._record(
-                stage.wire.value, f"{item.collective.kind.value}: {' '.join(map(str, item.key))}", start, at
-            )
+            if self.spans is not None:
+                name = f"{item.collective.kind.value}: {' '.join(map(str, item.key))}"
+                self._record(stage.wire.value, name, start, at)
         self.calls += 1
         self.ends_s[item.key] = at
 

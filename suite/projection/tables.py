@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from suite.projection.against_emulation import Comparison as EmulationComparison
@@ -16,6 +17,7 @@ from suite.projection.scaling import Curve
 
 PUBLISHED_COLUMNS = ("what", "source", "unit", "published", "projected", "error", "", "aim reached")
 ASSUMPTION_COLUMNS = ("assumption", "value", "range", "", "meaning")
+ELSEWHERE_COLUMNS = ("run", "published TFLOPS/GPU", "projected", "error", "within 10%")
 EMULATION_COLUMNS = (
     "method",
     "nodes",
@@ -26,6 +28,20 @@ EMULATION_COLUMNS = (
     "MB/node",
     "error",
 )
+PLAN_COLUMNS = (
+    "",
+    "partition\nsize",
+    "micro-\nbatch",
+    "micro-\nsteps",
+    "hier-\narch.",
+    "optim.\nover",
+    "step,\ns",
+    "TFLOPS\n/GPU",
+    "exposed,\ns",
+    "GiB\n/GPU",
+)
+UNMOVED = 1e-3
+"""Relative movement below which an assumption moves nothing."""
 SENSITIVITY_COLUMNS = ("assumption", "moves most", "at the low end", "now", "at the high end")
 
 
@@ -55,24 +71,30 @@ def projection_table(projection: Projection) -> Table:
 
 
 def plan_table(plan: Plan) -> Table:
-    """The fastest configurations."""
-    columns = ("partition", "micro-batch", "micro-steps", "hierarchical", "optimizer", "step s")
-    table = Table(*columns, "TFLOPS/GPU", "exposed s", "GiB/GPU", "why not first", title="projected")
-    for item in plan.fastest:
+    """The fastest configurations; narrow enough for a terminal of 80 columns."""
+    table = Table(*PLAN_COLUMNS, title="projected", box=SIMPLE_HEAD, padding=(0, 1))
+    for place, item in enumerate(plan.fastest, 1):
         choice, projection = item.choice, item.projection
         table.add_row(
+            str(place),
             str(choice.partition_size),
             str(choice.micro_batch),
             str(choice.micro_steps),
             "yes" if choice.hierarchical else "no",
-            "world" if choice.world_optimizer else "partition",
+            "world" if choice.world_optimizer else "group",
             f"{projection.step_s:.2f}",
             f"{projection.hardware_tflops_per_gpu:.1f}",
             f"{projection.exposed_s:.2f}",
             f"{projection.memory.total / GIB:.1f}",
-            item.reason,
         )
     return table
+
+
+def plan_text(plan: Plan) -> str:
+    """Why the others are not first, and what was tried."""
+    others = [f"{place}: {item.reason}" for place, item in enumerate(plan.fastest, 1) if item.reason]
+    tried = f"{plan.tried} configurations tried, {plan.out_of_memory} do not fit memory."
+    return "\n".join([*others, tried, *plan.lost])
 
 
 def scaling_table(curve: Curve) -> Table:
@@ -98,6 +120,20 @@ def published_rows(rows: Sequence[Comparison]) -> list[tuple[str, ...]]:
             _value(row.number.quantity, row.projected),
             _error(row),
             row.number.role,
+            "yes" if row.within else "no",
+        )
+        for row in rows
+    ]
+
+
+def elsewhere_rows(rows: Sequence[Comparison]) -> list[tuple[str, ...]]:
+    """Runs that nothing was fitted to, as text."""
+    return [
+        (
+            row.number.what,
+            _value(row.number.quantity, row.number.published),
+            _value(row.number.quantity, row.projected),
+            _error(row),
             "yes" if row.within else "no",
         )
         for row in rows
@@ -152,7 +188,10 @@ def sensitivity_rows(moved: Sequence[Sensitivity], now: Sequence[Comparison]) ->
         if item.assumption not in best or reach > best[item.assumption][0]:
             best[item.assumption] = (reach, item)
     rows: list[tuple[str, ...]] = []
-    for name, (_, item) in best.items():
+    for name, (reach, item) in best.items():
+        if reach < UNMOVED:
+            rows.append((f"`{name}`", "none of these numbers", "", "", ""))
+            continue
         row = values[item.what]
         low, current, high = (
             _value(row.number.quantity, value) for value in (item.at_low, row.projected, item.at_high)

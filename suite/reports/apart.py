@@ -25,7 +25,8 @@ class Done:
 
 def run_apart(arguments: Sequence[str], directory: Path, timeout_s: float) -> Done:
     """Runs `python -m ...` in a session of its own, so that W&B's helper processes end with it; what they
-    stage for artifacts stays in `directory`. Never raises for what the program does."""
+    write besides (logs, what is staged for artifacts) goes to `directory/wandb`.
+    Never raises for what the program does."""
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
@@ -43,9 +44,9 @@ def run_apart(arguments: Sequence[str], directory: Path, timeout_s: float) -> Do
             _end_session(process)
         output.seek(0)
         lines = output.read().decode(errors="replace").strip().splitlines()
-    failed = [line for line in lines if " ERROR " in line]  # the sync command's status is 0 all the same
-    shown = (failed or lines or [f"exit status {status}"])[-1]
-    return Done(status == 0 and not failed, _without_key(shown)[:200])
+    errors = [line for line in lines if " ERROR " in line]
+    shown = (errors or lines or [f"exit status {status}"])[-1]
+    return Done(status == 0, _without_key(shown)[:200])
 
 
 def _end_session(process: subprocess.Popen[bytes]) -> None:
@@ -69,6 +70,7 @@ def _environment(directory: Path) -> dict[str, str]:
         **os.environ,
         **quiet,
         "PYTHONPATH": path,
+        "WANDB_DIR": str(directory.resolve()),
         "WANDB_DATA_DIR": staged,
         "WANDB_ERROR_REPORTING": "false",
     }

@@ -84,18 +84,25 @@ def named_tables(records: Sequence[AnyRecord]) -> list[tuple[str, Table]]:
     """Every table of the report but those of single implementations, with a name for its file."""
     cohorts = group_cohorts(records)
     styles = styles_for([record.impl for record in records])
-    tables = [
-        ("claims", claims_table(judge(records))),
-        ("runs", runs_table(cohorts, run_names(records, cohorts))),
-        ("overview", throughput.overview_table(cohorts)),
-        ("correctness", correctness.correctness_table(checks_of(records))),
-    ]
+    tables = main_tables(records)
     for cohort in cohorts:
         key = cohort.key.lower()
         tables.append((f"{key}-throughput", throughput.throughput_table(cohort)))
         tables.append((f"{key}-resources", resources.resources_table(cohort)))
     for section in extra_sections(records, cohorts, styles):
         tables += [(plot.name, plot.table) for plot in section.plots]
+    return [(name, table) for name, table in tables if table.rows]
+
+
+def main_tables(records: Sequence[AnyRecord]) -> list[tuple[str, Table]]:
+    """Those about everything, with their names."""
+    cohorts = group_cohorts(records)
+    tables = [
+        ("claims", claims_table(judge(records))),
+        ("runs", runs_table(cohorts, run_names(records, cohorts))),
+        ("overview", throughput.overview_table(cohorts)),
+        ("correctness", correctness.correctness_table(checks_of(records))),
+    ]
     return [(name, table) for name, table in tables if table.rows]
 
 

@@ -157,7 +157,8 @@ def relative_difference(ours: float | None, theirs: float | None) -> float:
 def device(record: AnyRecord) -> str:
     """What the ranks computed on, in words."""
     accelerators = record.env.get("accelerators") or []
-    if accelerators:
+    on_cpu = isinstance(record, Record) and record.device is None  # whatever else the host holds
+    if accelerators and not on_cpu:
         return f"{len(accelerators)} × {accelerators[0]}"
     cores, name = record.env.get("cores"), record.env.get("cpu")
     return f"CPU ({f'{cores} cores, ' if cores else ''}{name or 'model unknown'})"

@@ -85,6 +85,13 @@ SOURCES = (
         "DeepSpeed issue 1069, May 2021",
         "The problem report that led to S1: stage 2 against stage 3 on one to sixteen p3dn nodes.",
     ),
+    Source(
+        "B1",
+        "MPT Training Benchmarks",
+        "MosaicML, llm-foundry, scripts/train/benchmarking",
+        "Decoder-only models of up to 70 B under FSDP on A100 and H100: no claim tested here, but a test "
+        "of the projection on hardware and software that it was not fitted to.",
+    ),
 )
 
 INSTANCES = (
@@ -107,6 +114,13 @@ NUMBERS = (
         "RoBERTa-50B, ZeRO-3 before → after",
         _P4D + "; 52 B parameters, vocabulary about 53,000",
         "67.61 → 116.06 TFLOPS/GPU",
+        "model",
+        ("D1",),
+    ),
+    Number(
+        "RoBERTa-50B, ZeRO-3 after",
+        "256 GPUs (32 p4d), otherwise the same; the number before is not given",
+        "108 TFLOPS/GPU",
         "model",
         ("D1",),
     ),
@@ -148,6 +162,13 @@ NUMBERS = (
         "72%; at most 62 TFLOPS/GPU, 19.9% of peak",
         "not stated",
         ("S2",),
+    ),
+    Number(
+        "MPT-7B to 70B, FSDP",
+        "2 to 16 nodes of 8 A100 or H100; full sharding, fused attention, bf16, sequence 2048",
+        "112 to 166 (A100) and 358 to 434 (H100) TFLOPS/GPU",
+        "model",
+        ("B1",),
     ),
     Number(
         "inter-node volume factor of one gather",

@@ -14,7 +14,8 @@ from suite.config import WandbConfig
 from suite.reports.apart import run_apart
 
 RECORDS = "records.jsonl"
-TIMEOUT_S = 120.0
+TIMEOUT_S, TIMEOUT_PER_RECORD_S = 120.0, 4.0
+"""How long writing may take; on a slow host a record takes about a second, and its share of the figures."""
 SYNC_TIMEOUT_S = 60.0
 """How long a command waits, when its results are safe, for a server that does not answer."""
 
@@ -24,7 +25,7 @@ def log_records(
     wandb: WandbConfig,
     compare: bool = False,
     group: str | None = None,
-    timeout_s: float = TIMEOUT_S,
+    timeout_s: float | None = None,
     sync_timeout_s: float = SYNC_TIMEOUT_S,
 ) -> str | None:
     """Logs the runs of `directory/records.jsonl` that were not logged before and, with `compare`, the
@@ -44,6 +45,8 @@ def log_records(
     words += [f"--group={group or directory.resolve().name}"]
     words += [f"--entity={wandb.entity}"] if wandb.entity else []
     words += ["--compare"] if compare else []
+    if timeout_s is None:
+        timeout_s = TIMEOUT_S + TIMEOUT_PER_RECORD_S * (directory / RECORDS).read_bytes().count(b"\n")
     written = run_apart(["suite.reports.wandb_runs", *words], directory, timeout_s)
     if not written.ok:
         return f"not logged to W&B: {written.line}; the next call tries again"
@@ -56,8 +59,8 @@ def sync_command(directory: Path) -> str:
 
 
 def _send(directory: Path, timeout_s: float) -> str | None:
-    """Sends what was not sent before: W&B marks the runs that it has synced."""
+    """Sends what was not sent before. W&B marks a run that it has sent; its command's status says less."""
     sent = run_apart(["wandb", "sync", str(directory / "wandb")], directory, timeout_s)
-    if sent.ok:
+    if all(list(run.glob("*.synced")) for run in (directory / "wandb").glob("offline-run-*")):
         return None
     return f"kept here, not sent to W&B: {sent.line}; later: {sync_command(directory)}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,8 @@ def publish(results: Sequence[Path], target: str, specification: Path, timeout_s
     specification.parent.mkdir(parents=True, exist_ok=True)
     files = [str(path / RECORDS if path.is_dir() else path) for path in results]
     words = ["--entity", entity, "--project", project, "--out", str(specification)]
-    done = run_apart(["suite.reports.wandb_report", *words, *files], specification.parent, timeout_s)
+    with tempfile.TemporaryDirectory() as aside:  # for W&B's own logs
+        done = run_apart(["suite.reports.wandb_report", *words, *files], Path(aside), timeout_s)
     if done.ok:
         return f"published: {done.line}"
     if not specification.exists():

@@ -67,10 +67,12 @@ def _log_comparison(records: Sequence[AnyRecord], digest: str, given: argparse.N
     An offline run refers to an artifact's files, so they stay where they are."""
     import wandb
 
-    from suite.reports.build import build_report, named_tables
+    from suite.reports.build import build_report, main_tables
     from suite.reports.descriptions import registered
+    from suite.reports.timelines import read_timelines
 
-    page = build_report(records, given.directory / "wandb" / "reports" / digest, registered())
+    place = given.directory / "wandb" / "reports" / digest
+    page = build_report(records, place, registered(), read_timelines([given.directory]))
     run = _start(
         given,
         job_type=COMPARISON,
@@ -79,8 +81,7 @@ def _log_comparison(records: Sequence[AnyRecord], digest: str, given: argparse.N
         tags=sorted({run.testbed for run in runs_of(records)} | set(evidence_of(records))),
         config={"results": len(records)},
     )
-    tables = {name: table for name, table in named_tables(records) if name in ("claims", "runs", "overview")}
-    for name, table in tables.items():
+    for name, table in main_tables(records):
         rows = [[cell.text if cell.value is None else cell.value for cell in row] for row in table.rows]
         run.log({f"table/{name}": wandb.Table(columns=list(table.head), data=rows, allow_mixed_types=True)})
     artifact = wandb.Artifact(f"{COMPARISON}-{digest}", type="report")

@@ -98,4 +98,5 @@ def both(found: Sequence[Pair]) -> tuple[Record, ...]:
 
 
 def where(run: Record) -> str:
-    return f"{run.workload}, {run.precision}, {ranks(run)}"
+    words = (run.workload, run.precision, ranks(run), *([run.device] if run.device else []))
+    return ", ".join(words)

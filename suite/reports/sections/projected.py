@@ -10,7 +10,10 @@ from matplotlib.figure import Figure
 from suite.records import ProjectionRecord
 from suite.reports.figures import INK, MUTED, PALETTE, PAPER, Plot, Style, make_plot, row_axes, shared_legend
 from suite.reports.judges.projections import POINTS_LIMIT, RELATIVE_LIMIT, Row, newest_rows
+from suite.reports.sections.paper_figures import paper_figures
+from suite.reports.sections.projected_timeline import timeline_plot
 from suite.reports.sections.section import Section
+from suite.reports.sections.sensitivity import sensitivity_plots
 from suite.reports.tables import NOTHING, Cell, Table, number, rounded, whole, word
 
 NOTE = (
@@ -21,12 +24,22 @@ NOTE = (
     "Every assumption is in the records."
 )
 FITTED = "fitted"
+ELSEWHERE = "elsewhere"
+OF_CLAIMS = ("published-errors", "Projected against published")
+OF_OTHERS = ("elsewhere-errors", "Projected against runs of others, to which nothing was fitted")
+"""Name and title of the figure."""
 
 
 def projected_section(projections: Sequence[ProjectionRecord], styles: Mapping[str, Style]) -> Section | None:
     rows = newest_rows(projections)
-    plots = [_error_plot(rows)] if rows else []
+    here = [row for row in rows if row.role != ELSEWHERE]
+    plots = [_error_plot(here, *OF_CLAIMS), *paper_figures(here)] if here else []
+    if others := [row for row in rows if row.role == ELSEWHERE]:
+        plots.append(_error_plot(others, *OF_OTHERS))
     plots += [_scaling_plot(index, family, styles) for index, family in enumerate(_families(projections), 1)]
+    plots += sensitivity_plots(rows)
+    drawn = [record for record in projections if record.timeline]
+    plots += [timeline_plot(record, index) for index, record in enumerate(drawn, 1)]
     return Section("projected", "Projected", NOTE, (), tuple(plots)) if plots else None
 
 
@@ -65,7 +78,7 @@ def _error(row: Row) -> Cell:
     )
 
 
-def _error_plot(rows: Sequence[Row]) -> Plot:
+def _error_plot(rows: Sequence[Row], name: str, title: str) -> Plot:
     shown = [row for row in rows if not row.is_memory]
 
     def draw(figure: Figure) -> None:
@@ -89,8 +102,8 @@ def _error_plot(rows: Sequence[Row]) -> Plot:
 
     inside = sum(row.close for row in shown)
     return make_plot(
-        "published-errors",
-        "Projected against published",
+        name,
+        title,
         f"Projected; {inside} of {len(shown)} numbers within {RELATIVE_LIMIT:.0%} (grey band) or "
         f"{POINTS_LIMIT:g} points. Hollow square: fitted; disc: predicted, or following from fitted ones.",
         "Error of the projection: " + "; ".join(f"{row.what} {_error(row).text}" for row in shown),

@@ -23,9 +23,11 @@ Key = tuple[str, ...]
 
 
 def key_of(record: AnyRecord) -> Key:
-    """Tells any two results apart: one configuration may be measured again, or in another stage."""
+    """Tells any two results apart: one configuration may be measured again, in another stage or cohort,
+    and may stand for several published numbers."""
+    where = record.cohort if isinstance(record, Record) else ""
     what = (record.published or {}).get("what", "") if isinstance(record, ProjectionRecord) else ""
-    return (record.schema, record.config_hash, record.started_at, record.stage, what)
+    return (record.schema, record.config_hash, record.started_at, record.stage, where, what)
 
 
 def run_names(records: Iterable[AnyRecord], cohorts: Sequence[Cohort]) -> dict[Key, str]:
