@@ -95,7 +95,7 @@ class Finding:
     sweeps: int = 0
     resumed: int = 0
     starts: int = 0
-    faults: Counter[str] = field(default_factory=Counter)
+    faults: dict[str, int] = field(default_factory=dict)
     records: int = 0
     failures_reported: int = 0
     slowest_end_s: float = 0.0
@@ -220,7 +220,7 @@ class Saboteur:
                 self.process = self.start()
                 continue
             fault = self.chance.choice(self.FAULTS)
-            self.found.faults[fault.__name__] += 1
+            self.found.faults[fault.__name__] = self.found.faults.get(fault.__name__, 0) + 1
             fault(self)
             self.listen()
         os.kill(self.process.pid, signal.SIGINT)

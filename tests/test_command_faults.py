@@ -80,7 +80,11 @@ SWEEPING = ("sweep", "sweep.yaml", "--out", "out", "wandb.mode=disabled")
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda number: number.name
+    "number",
+    [
+        pytest.param(number, id=number.name, marks=[] if number is signal.SIGINT else pytest.mark.slow)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
+    ],
 )
 def test_an_interrupted_sweep_leaves_finished_results_and_nothing_else(
     here: Place, number: signal.Signals
@@ -103,6 +107,7 @@ def test_an_interrupted_sweep_leaves_finished_results_and_nothing_else(
     assert read(here.folder / "out" / "records.jsonl")[: len(kept)] == kept
 
 
+@pytest.mark.slow
 def test_an_impatient_second_interrupt_leaves_nothing_either(here: Place) -> None:
     process = start(here, *SWEEPING)
     assert becomes_true(lambda: len(descendants(process.pid)) >= 2, 60)
@@ -135,6 +140,7 @@ def namespaces() -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_recording_keeps_what_is_there_and_shows_the_rest(here: Place) -> None:
     (here.folder / "first.yaml").write_text(SWEEP.replace("[1, 2, 3]", "[1]"))
     assert run(here, "sweep", "first.yaml", *SWEEPING[2:])[0] == 0
@@ -190,6 +196,7 @@ def test_a_file_system_without_room_is_an_error_in_one_line(here: Place) -> None
     assert "Traceback" not in errors and here.left_behind() == []
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_an_error_in_one_line(here: Place) -> None:
     status, errors = run(here, "run", "impl=ddp", *TINY, "out=/proc/nowhere", "wandb.mode=disabled")
     assert status == 3 and "cannot write to /proc/nowhere/records.jsonl" in errors
@@ -205,6 +212,7 @@ def test_a_port_that_the_environment_names_may_be_in_use(here: Place) -> None:
     assert status == 0, errors
 
 
+@pytest.mark.slow
 def test_two_runs_at_the_same_time_do_not_meet(here: Place) -> None:
     both = [start(here, "run", "impl=zero3", *TINY) for _ in range(2)]
     for process in both:
@@ -244,6 +252,7 @@ time_t time(time_t *at) {
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler")
 def test_a_clock_that_jumps_changes_no_duration(here: Place) -> None:
     """For the whole process, torch and gloo included: the C library's clock is replaced."""

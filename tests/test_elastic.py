@@ -50,7 +50,13 @@ def undisturbed() -> list[float]:
     return train_elastically(training()).losses
 
 
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(signal.SIGKILL, id="dies"),
+        pytest.param(signal.SIGSTOP, id="hangs", marks=pytest.mark.slow),
+    ],
+)
 def test_the_loss_curve_goes_on_after_a_rank_was_lost(
     undisturbed: list[float], monkeypatch: pytest.MonkeyPatch, fault: int
 ) -> None:

@@ -334,6 +334,8 @@ class Engine:
     def _gather(self, units: Sequence[Unit]) -> None:
         self._finish_refresh()
         missing = [unit for unit in units if not self._present(unit)]
+        if not missing:
+            return
         buckets = [bucket for unit in missing for bucket in unit.buckets if not bucket.resident]
         for bucket in buckets:
             bucket.allocate()

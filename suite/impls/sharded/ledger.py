@@ -55,15 +55,15 @@ class SharedLedger(Ledger):
             # A connection each: a lane that waits must not keep another one from speaking.
             self._lanes[lane] = _Lane(dist.PrefixStore(lane, self._store.clone()))  # type: ignore[attr-defined]
         line = self._lanes[lane]
-        own = f"{op} of {unit}, {nbytes} bytes"
+        what = f"{op} of {unit}, {nbytes} bytes"
         keys = [f"{line.position}/{rank}" for rank in range(self._world_size)]
-        line.store.set(keys[self._rank], own)
+        line.store.set(keys[self._rank], what)
         try:
             line.store.wait(keys, timedelta(seconds=self._timeout_s))
         except dist.DistStoreError as error:
             absent = [rank for rank, key in enumerate(keys) if not line.store.check([key])]
             raise DesyncError(
-                f"{_ranks(absent)} did not come to collective {line.position} of the {lane} ({own}) within "
+                f"{_ranks(absent)} did not come to collective {line.position} of the {lane} ({what}) within "
                 f"{self._timeout_s:g} s; the last one made there was {line.last}"
             ) from error
         made = [line.store.get(key).decode() for key in keys]
@@ -71,7 +71,7 @@ class SharedLedger(Ledger):
             raise DesyncError(f"the ranks differ at collective {line.position} of the {lane}: {_sides(made)}")
         if line.position > 0:  # everybody has read the one before
             line.store.delete_key(f"{line.position - 1}/{self._rank}")
-        line.position, line.last = line.position + 1, own
+        line.position, line.last = line.position + 1, what
 
 
 def make_ledger(on: bool, timeout_s: float) -> Ledger:
