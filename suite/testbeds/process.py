@@ -47,7 +47,7 @@ class Process(Protocol):
         ...
 
     def close(self) -> None:
-        """Forgets what it printed."""
+        """Forgets it and what it printed; called last, when it is gone."""
         ...
 
 
@@ -56,13 +56,14 @@ class ChildProcess:
 
     def __init__(self, process: Any, log: IO[bytes], whereabouts: Whereabouts) -> None:
         self._process = process
+        self._pid: int = process.pid
         self._log = log
         self._whereabouts = whereabouts
         self._asked_at = 0
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self._pid
 
     def ended(self) -> str:
         self._process.join(KILL_GRACE_S)
@@ -92,6 +93,9 @@ class ChildProcess:
 
     def close(self) -> None:
         self._log.close()
+        # Its descriptor would stay open until the garbage collector comes by.
+        with suppress(ValueError):  # not gone, whatever was tried
+            self._process.close()
 
     def _printed(self, since: int = 0) -> str:
         # Not by seeking: the rank writes at the position that both share.

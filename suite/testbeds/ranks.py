@@ -133,6 +133,8 @@ class LocalRanks:
 
     def end(self) -> None:
         """Ends every rank and what it started, and waits until they are gone."""
+        if self._ended:
+            return
         for rank in self._ranks:
             with suppress(BrokenPipeError, OSError):
                 rank.channel.send(None)

@@ -66,8 +66,10 @@ class MaskedLMBatch:
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type in ("cpu", "meta"):
+        return tensor.to(device)
     # Torch keeps the pinned copy until the device has read it.
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Sequences(Protocol):
