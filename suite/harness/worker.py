@@ -180,6 +180,7 @@ class Worker:
         self._memory.reset()
 
     def resources(self) -> Resources:
+        self._trainer.settle()
         on_cpu = self._context.device.type == "cpu"
         connections = traffic.connections() if on_cpu else []
         return Resources(

@@ -205,6 +205,9 @@ class Trainer(ABC):
         it what it does."""
         self.trace = trace
 
+    def settle(self) -> None:  # noqa: B027 (most leave nothing behind a step)
+        """Until what the last step has left on its way has arrived: before bytes are counted."""
+
     def memory_reads(self) -> dict[int, int]:
         """Bytes that this rank has read from the memory of others on its host, by their rank: traffic
         that no connection shows."""

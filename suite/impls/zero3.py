@@ -71,6 +71,9 @@ class Zero3(Trainer):
         super().record_into(trace)
         self.engine.record_into(trace)
 
+    def settle(self) -> None:
+        self.engine.finish_refresh()
+
     def memory_reads(self) -> dict[int, int]:
         return self.engine.memory_reads
 

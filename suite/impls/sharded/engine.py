@@ -215,7 +215,7 @@ class Engine:
         are still gathered, for a forward that had no backward, are of the past."""
         for unit in self.units:
             self._release(unit)
-        self._finish_refresh()  # of the step before, when no forward came between
+        self.finish_refresh()  # of the step before, when no forward came between
         self._arenas.refresh_compute()
         if self._parts > 1:
             buckets = list(self._buckets())
@@ -264,7 +264,7 @@ class Engine:
 
     def close(self) -> None:
         """Removes the hooks. The model's parameters stay without memory."""
-        self._finish_refresh()
+        self.finish_refresh()
         self._hooks.close()
         for handle in self._handles:
             handle.remove()
@@ -332,7 +332,7 @@ class Engine:
                 self._reduce(unit)
 
     def _gather(self, units: Sequence[Unit]) -> None:
-        self._finish_refresh()
+        self.finish_refresh()
         missing = [unit for unit in units if not self._present(unit)]
         if not missing:
             return
@@ -383,7 +383,8 @@ class Engine:
                     bucket.free()
                     self._gathered_bytes -= bucket.nbytes
 
-    def _finish_refresh(self) -> None:
+    def finish_refresh(self) -> None:
+        """Until the owners' new weights are here, where they were on their way."""
         if self._refresh is not None:
             with self._trace.span(Kind.WAIT, "gather of the owners' weights"):
                 self._refresh.wait()
