@@ -160,6 +160,23 @@ def test_a_slower_network_is_judged_by_the_relative_drops(slow3: float, expected
     assert verdict_on("Z1", list(records)).verdict == expected
 
 
+def test_networks_compare_however_often_each_was_timed():
+    fast = [factory.emulated(impl, step_s=0.2, gbit_s=400) for impl in ("deepspeed-zero2", "deepspeed-zero3")]
+    slow = [
+        factory.emulated(impl, step_s=step_s, gbit_s=100)
+        for impl, step_s in (("deepspeed-zero2", 0.22), ("deepspeed-zero3", 0.3))
+    ]
+    fewer = [
+        replace(run, config={**run.config, "train": {**run.config["train"], "steps": 2}}) for run in fast
+    ]
+    assert verdict_on("Z1", [*fewer, *slow]).verdict == "reproduced"
+    harder = [
+        replace(run, config={**run.config, "train": {**run.config["train"], "micro_batch": 4}})
+        for run in fast
+    ]
+    assert verdict_on("Z1", [*harder, *slow]).verdict == "not testable here"
+
+
 def test_one_network_says_nothing_about_a_slower_one():
     records = [factory.emulated(impl) for impl in ("deepspeed-zero2", "deepspeed-zero3")]
     assert verdict_on("Z1", list(records)).verdict == "not testable here"

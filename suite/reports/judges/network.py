@@ -40,7 +40,10 @@ def _bandwidth(run: Record) -> float | None:
 
 
 def _but_for_bandwidth(run: Record) -> dict[str, Any]:
-    config = {key: run.config.get(key) for key in ("workload", "train", "testbed")}
+    """The training, timed however often, and the rest of the cluster."""
+    config: dict[str, Any] = {key: run.config.get(key) for key in ("workload", "testbed")}
+    train = run.config.get("train") or {}
+    config["train"] = {key: value for key, value in train.items() if key not in ("steps", "warmup")}
     cluster = {key: value for key, value in (run.config.get("cluster") or {}).items() if key != BANDWIDTH}
     return {**config, "cluster": cluster}
 
