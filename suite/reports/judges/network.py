@@ -73,9 +73,19 @@ def _slower_network(runs: Sequence[Record]) -> Finding | None:
         outcome,
         f"from {_bandwidth(third.fast):g} to {_bandwidth(third.slow):g} Gbit/s {STAGE3} loses "
         f"{third.share:.1%} of its "
-        f"throughput, {STAGE2} {second.share:.1%}: × {ratio:.2f}",
+        f"throughput, {STAGE2} {second.share:.1%}: × {ratio:.2f}{_overlapped(third.slow, second.slow)}",
         f"{STAGE3} {third.low:.1%} to {third.high:.1%}, {STAGE2} {second.low:.1%} to {second.high:.1%}",
         (third.fast, third.slow, second.fast, second.slow),
+    )
+
+
+def _overlapped(third: Record, second: Record) -> str:
+    """Why a backend may turn the claim round: a stage that does not overlap there loses more."""
+    shares = [run.details.get("sent_while_computing_share") for run in (third, second)]
+    if None in shares:
+        return ""
+    return (
+        f"; on the slow one {shares[0]:.0%} and {shares[1]:.0%} of their bytes went out while they computed"
     )
 
 
