@@ -18,7 +18,7 @@ from engine_scenarios import Stack, Tied, batch_of, compare, groups, one_forward
 from torch import nn
 
 from suite.errors import RankError, UsageError
-from suite.impls.sharded import Engine, checkpoint, shard
+from suite.impls.sharded import Engine, checkpoint, kept, manifest, shard
 from suite.impls.sharded.options import EngineOptions
 from suite.testbeds.local import LocalTestbed
 from suite.testbeds.testbed import RankContext
@@ -199,7 +199,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_checkpoint_before_it(tmp_path
             delay = 0.4 + chance.random() * 0.3
             threading.Timer(delay, os.kill, (victim, signal.SIGKILL)).start()
             ranks.call("save_again_and_again", folder, timeout_s=30)
-        newest = checkpoint.latest(folder)
+        newest = kept.latest(folder)
         assert newest is not None, "nothing was saved before the kill: allow it more time"
         model, optimizer, scheduler = make()
         position = checkpoint.load_plain(newest, model, optimizer, scheduler)
@@ -210,7 +210,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_checkpoint_before_it(tmp_path
         assert compare({name: p.detach() for name, p in model.named_parameters()}, parameters) < 1e-5
         # What the kill left half-written is not taken for a checkpoint, and not in the way of the next.
         checkpoint.save_plain(folder / f"{position + 1:04}", model, optimizer, position + 1, scheduler)
-        assert checkpoint.latest(folder) == folder / f"{position + 1:04}"
+        assert kept.latest(folder) == folder / f"{position + 1:04}"
 
 
 def truncate(folder: Path) -> None:
@@ -228,12 +228,12 @@ def lose_a_file(folder: Path) -> None:
 
 
 def damage_json(folder: Path) -> None:
-    (folder / checkpoint.TRAINING).write_text("{")
+    (folder / manifest.TRAINING).write_text("{")
 
 
 def other_format(folder: Path) -> None:
-    content = json.loads((folder / checkpoint.TRAINING).read_text())
-    (folder / checkpoint.TRAINING).write_text(json.dumps(content | {"format": 99}))
+    content = json.loads((folder / manifest.TRAINING).read_text())
+    (folder / manifest.TRAINING).write_text(json.dumps(content | {"format": 99}))
 
 
 def flip_a_bit(folder: Path) -> None:
@@ -245,8 +245,8 @@ def flip_a_bit(folder: Path) -> None:
 
 def changed(**values: object) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
-        content = json.loads((folder / checkpoint.TRAINING).read_text())
-        (folder / checkpoint.TRAINING).write_text(json.dumps(content | values))
+        content = json.loads((folder / manifest.TRAINING).read_text())
+        (folder / manifest.TRAINING).write_text(json.dumps(content | values))
 
     damage.__name__ = "changed " + ", ".join(values)
     return damage
@@ -351,9 +351,9 @@ def test_a_checkpoint_that_lost_the_file_of_one_rank_is_refused_by_all(tmp_path:
         with LocalTestbed(3, 3).launch(Program, 60) as ranks:
             ranks.call("start", 3, EngineOptions(), timeout_s=30)
             ranks.call("load", tmp_path / "a", timeout_s=30)
-    training = json.loads((tmp_path / "a" / checkpoint.TRAINING).read_text())
+    training = json.loads((tmp_path / "a" / manifest.TRAINING).read_text())
     del training["files"][first.name]  # as if it had never been there
-    (tmp_path / "a" / checkpoint.TRAINING).write_text(json.dumps(training))
+    (tmp_path / "a" / manifest.TRAINING).write_text(json.dumps(training))
     model, optimizer, scheduler = make()
     with pytest.raises(UsageError, match=r"it holds [0-9]+ of the [0-9]+ elements wanted of|does not hold"):
         checkpoint.load_plain(tmp_path / "a", model, optimizer, scheduler)
@@ -378,4 +378,4 @@ def test_a_disk_that_is_full_fails_the_save_on_all_ranks_and_leaves_nothing(
         ranks.call("limit_files", full, None, timeout_s=30)
         ranks.call("save", tmp_path / "b", 2, timeout_s=30)
         ranks.call("wait", timeout_s=30)
-    assert checkpoint.latest(tmp_path) == tmp_path / "b"
+    assert kept.latest(tmp_path) == tmp_path / "b"

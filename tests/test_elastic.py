@@ -13,7 +13,7 @@ from suite.config import Config, load
 from suite.errors import RankError, UsageError
 from suite.harness.elastic import train_elastically, with_fewer_ranks
 from suite.harness.worker import StepMeasurement, Worker
-from suite.impls.sharded import checkpoint
+from suite.impls.sharded import checkpoint, kept
 
 SMALL = [
     "workload.data=synthetic",
@@ -96,7 +96,7 @@ def test_an_interrupted_training_goes_on_where_it_was(
         with pytest.raises(RankError, match="rank 3 was ended by SIGKILL in step"):
             train_elastically(config)
     (folder,) = (tmp_path / "checkpoints").iterdir()
-    newest = checkpoint.latest(folder)
+    newest = kept.latest(folder)
     assert newest is not None and newest.name == "step-00000006"
     # The newest one is damaged meanwhile: the one before it serves.
     file = max(newest.glob("*.safetensors"))

@@ -20,7 +20,7 @@ from suite.harness.measure import Say, Team, name_cohort, record_of
 from suite.harness.noise import noise_between, read_cpu
 from suite.harness.worker import Worker
 from suite.impls import registry
-from suite.impls.sharded import checkpoint
+from suite.impls.sharded import kept
 from suite.records import Record
 
 KEPT = 2
@@ -62,7 +62,7 @@ def train_elastically(config: Config, say: Say = lambda _: None) -> Record:
                 record = _attempt(now, folder, started_at, say)
                 break
             except RankError as error:
-                checkpoint.discard_unfinished(folder)
+                kept.discard_unfinished(folder)
                 fewer = None if error.raised in NOT_A_LOSS else with_fewer_ranks(now)
                 if fewer is None:
                     raise
@@ -114,9 +114,9 @@ def _attempt(config: Config, folder: Path, started_at: str, say: Say) -> Record:
     last = train.warmup + train.steps
     say(f"starting {config.impl.name} on {config.world_size} ranks")
     prepare(config)
-    for damaged in checkpoint.discard_damaged(folder):
+    for damaged in kept.discard_damaged(folder):
         say(f"checkpoint {damaged.name} is damaged; the one before it serves")
-    newest = checkpoint.latest(folder)
+    newest = kept.latest(folder)
     _cut_unfinished_line(folder / CURVE)
     with launch(config, Worker) as ranks:
         team = Team(config, testbed_of(config), ranks)
@@ -133,7 +133,7 @@ def _attempt(config: Config, folder: Path, started_at: str, say: Say) -> Record:
             done = step + 1
             if done % train.checkpoint_every == 0 and done < last:
                 ranks.call("save", folder / f"step-{done:08}", done, timeout_s=timeout_s)
-                checkpoint.keep_newest(folder, KEPT)
+                kept.keep_newest(folder, KEPT)
         noise = noise_between(before, read_cpu(ranks.pids()), attempts=1)
         team.stop_timing()
         return record_of(team, noise, started_at, name_cohort(config, started_at))

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 from suite import typed
 from suite.errors import UsageError
@@ -91,6 +93,25 @@ def _fingerprint(path: Path) -> list[int]:
             size += len(chunk)
             checksum = zlib.crc32(chunk, checksum)
     return [size, checksum]
+
+
+def read_whole(folder: Path, group: dist.ProcessGroup | None) -> Training:
+    """What is not a tensor, after the ranks have shared out to look whether all files are as written."""
+    training = read_training(folder)
+    rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    share = dict(sorted(training.files.items())[rank::ranks])
+    with refused(folder):
+        together(group, lambda: verify(folder, share))
+    return training
+
+
+@contextmanager
+def refused(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong with what the checkpoint says is the checkpoint's fault."""
+    try:
+        yield
+    except (Exception, dcp.CheckpointException) as error:  # they share no narrower base class
+        raise UsageError(f"checkpoint {folder} cannot be loaded: {reason(error)}") from error
 
 
 def update_groups(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> None:

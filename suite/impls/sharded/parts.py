@@ -1,0 +1,119 @@
+"""What a checkpoint holds of a parameter and its optimizer states: the ranges that each rank owns.
+
+A parameter is seen under the model's own name and flattened, so that what a rank holds of it is one
+range, whatever the partition size; where two ranks hold the same range (MiCS), they hold the same values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+from suite.impls.sharded.engine import Engine
+from suite.impls.sharded.units import Bucket
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements [begin, begin + len(values)) of a flattened tensor of `numel`; `values` is a 1-D view."""
+
+    numel: int
+    begin: int
+    values: Tensor
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(torch.Size([self.begin]), torch.Size([len(self.values)]))
+
+
+@dataclass(frozen=True)
+class Owned:
+    """What this rank owns of a parameter, and which of the optimizer's tensors that lies in."""
+
+    name: str
+    part: Part
+    optimized: Tensor | None
+    """The tensor in the optimizer's groups that holds these elements; None when frozen."""
+    at: int
+    """Where in it, flattened, they begin."""
+
+    def state(self, values: Tensor) -> Part:
+        """The same elements of one of the optimizer's states; a scalar state as one element."""
+        if values.dim() == 0:
+            return Part(1, 0, values.view(1))
+        return replace(self.part, values=values.view(-1).narrow(0, self.at, len(self.part.values)))
+
+
+def owned_by(engine: Engine) -> Iterator[Owned]:
+    """What this rank is the owner of: in MiCS the same as its replicas."""
+    optimized = [tensor for group in engine.optimizer.param_groups for tensor in group["params"]]
+    for unit in engine.units:
+        for bucket in unit.buckets:
+            yield from _owned_in(bucket, optimized)
+
+
+def _owned_in(bucket: Bucket, optimized: Sequence[Tensor]) -> Iterator[Owned]:
+    last = bucket.first + len(bucket.master)
+    for slot in bucket.slots:
+        begin, end = max(slot.offset, bucket.first), min(slot.offset + slot.numel, last)
+        if begin < end:
+            values = bucket.master.narrow(0, begin - bucket.first, end - begin)
+            holder = next((tensor for tensor in optimized if _holds(tensor, values)), None)
+            at = 0 if holder is None else int(values.storage_offset() - holder.storage_offset())
+            yield Owned(slot.name, Part(slot.numel, begin - slot.offset, values), holder, at)
+
+
+def _holds(outer: Tensor, inner: Tensor) -> bool:
+    same = outer.untyped_storage().data_ptr() == inner.untyped_storage().data_ptr()
+    return same and 0 <= inner.storage_offset() - outer.storage_offset() < outer.numel()
+
+
+def owned_by_plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Owned]:
+    """Everything. Raises ValueError for a parameter that is not contiguous."""
+    optimized = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.numel():
+            values = parameter.data.view(-1)
+            holder = parameter if id(parameter) in optimized else None
+            yield Owned(name, Part(len(values), 0, values), holder, 0)
+
+
+def tensors_of(owned: Sequence[Owned], optimizer: torch.optim.Optimizer) -> dict[str, Part]:
+    tensors = {}
+    for item in owned:
+        tensors[f"parameters/{item.name}"] = item.part
+        states = optimizer.state.get(item.optimized, {}) if item.optimized is not None else {}
+        for key, values in states.items():
+            if values is not None:
+                tensors[f"optimizer/{key}/{item.name}"] = item.state(values)
+    return tensors
+
+
+def random_states(rank: int, device: torch.device) -> dict[str, Part]:
+    states = {f"random/cpu/{rank}": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[f"random/{device.type}/{rank}"] = torch.get_device_module(device).get_rng_state(device)
+    return {name: Part(len(state), 0, state) for name, state in states.items()}
+
+
+def make_states(owned: Sequence[Owned], optimizer: torch.optim.Optimizer, kinds: Mapping[str, bool]) -> None:
+    """Empty optimizer states, to be filled, of `kinds`: by name, whether each is a scalar. Scalars (the step
+    count) lie on the device where the optimizer's kernel reads them, else on the CPU."""
+    optimizer.state.clear()
+    on_device = {
+        id(tensor)
+        for group in optimizer.param_groups
+        for tensor in group["params"]
+        if group.get("fused") or group.get("capturable")
+    }
+    for holder in {id(item.optimized): item.optimized for item in owned}.values():
+        if holder is not None and kinds:
+            scalar = torch.zeros((), device=holder.device if id(holder) in on_device else "cpu")
+            optimizer.state[holder] = {
+                key: scalar.clone() if is_scalar else torch.zeros_like(holder, requires_grad=False)
+                for key, is_scalar in kinds.items()
+            }
