@@ -19,15 +19,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from suite.config import Config, load
+from suite.arguments import parse
+from suite.config import Config
+from suite.config_load import load
 from suite.errors import SuiteError, UsageError
 from suite.records import AnyRecord, CheckRecord, ProjectionRecord, append, read, to_json
 from suite.secrets import mask
 
 if TYPE_CHECKING:  # importing the harness takes seconds, which a wrong option need not pay
     from suite.harness.sweep import Progress
-
-OUT = Path("results")
 
 stderr = Console(stderr=True)
 stdout = Console()
@@ -36,7 +36,7 @@ stdout = Console()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 (a check is not ok, a cell failed), 2 (wrong input), 3 (a rank
     failed, something could not be written), 130 (interrupted), 141 (nobody reads the output)."""
-    parsed = _parse(arguments)
+    parsed = parse(arguments)
     try:
         with _ended_in_order():
             return _act(parsed)
@@ -60,11 +60,11 @@ def _act(parsed: argparse.Namespace) -> int:
     """Under torchrun its rank 0 does what is asked, and the other processes hold seats for it."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # importing torch takes seconds
         parsed.seats = None
-        return parsed.action(parsed)
+        return ACTIONS[parsed.command](parsed)
     from suite.testbeds.torchrun import join
 
     with join() as parsed.seats:
-        return 0 if parsed.seats is None else parsed.action(parsed)
+        return 0 if parsed.seats is None else ACTIONS[parsed.command](parsed)
 
 
 @contextmanager
@@ -87,86 +87,6 @@ def _ended_in_order() -> Iterator[None]:
 
 def _complain(text: str, style: str | None = "red") -> None:
     stderr.print(mask(text), style=style, markup=False, highlight=False, soft_wrap=True)
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """argparse, which alone would refuse options that follow a flag (`--json train.steps=3`)."""
-    parser = _parser()
-    parsed, rest = parser.parse_known_args(arguments)
-    strange = [word for word in rest if word.startswith("-") or not hasattr(parsed, "options")]
-    if strange:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
-    if rest:
-        parsed.options += rest
-    return parsed
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="suite", description=__import__("suite").__doc__)
-    actions = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(name: str, action: object, help: str) -> argparse.ArgumentParser:
-        command = actions.add_parser(name, help=help, description=help)
-        command.set_defaults(action=action)
-        return command
-
-    for name, action, help in (
-        ("run", _run, "measure one implementation"),
-        ("check", _check, "hold one implementation against single-process reference gradients"),
-    ):
-        command = add(name, action, help)
-        command.add_argument("options", nargs="*", metavar="KEY=VALUE", help="e.g. impl=ddp train.steps=3")
-        command.add_argument("--json", action="store_true", help="one JSON object on stdout")
-        command.add_argument("--dry-run", action="store_true", help="print the Slurm job's script only")
-    project = add("project", _project, "what a configuration would do on a cluster (a model, no run)")
-    project.add_argument("options", nargs="*", metavar="KEY=VALUE", help="e.g. impl=mics cluster=p4d")
-    project.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    project.add_argument("--out", type=Path, help="add the record(s) to this folder")
-    project.add_argument("--trace", type=Path, help="write the step's timeline as a Chrome trace")
-    project.add_argument("--timeline", action="store_true", help="keep a part of it in the record")
-    project.add_argument("--picture", type=Path, help="draw a part of the timeline, as SVG or PDF")
-    what = project.add_mutually_exclusive_group()
-    what.add_argument("--scaling", action="store_true", help="weak scaling from 8 to 100,000 GPUs")
-    what.add_argument("--published", action="store_true", help="published numbers beside projected ones")
-    what.add_argument("--elsewhere", action="store_true", help="the same for runs that nothing was fitted to")
-    what.add_argument("--emulated", type=Path, help="hold projections against this folder's emulated records")
-    what.add_argument("--sensitivity", action="store_true", help="how far assumptions move the numbers")
-    project.add_argument("--markdown", action="store_true", help="those tables as the documentation has them")
-    what.add_argument("--calibrate", action="store_true", help="fit the assumptions and keep them")
-    plan = add("plan", _plan, "the fastest configurations of MiCS that fit a cluster's memory (projected)")
-    plan.add_argument("--model", required=True, help="a workload, e.g. bert-50b")
-    plan.add_argument("--cluster", required=True, help="e.g. p4d")
-    plan.add_argument("--gpus", required=True, type=int)
-    plan.add_argument("--global-batch", type=int, help="samples per step; 64 per GPU unless given")
-    plan.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    sweep = add("sweep", _sweep, "run a grid of configurations; finished cells are not run again")
-    sweep.add_argument("file", type=Path)
-    sweep.add_argument("options", nargs="*", metavar="KEY=VALUE", help="wins over the file")
-    sweep.add_argument("--out", type=Path, default=OUT)
-    sweep.add_argument("--dry-run", action="store_true", help="print the Slurm jobs' scripts only")
-    task = add("task", _task, "what a Slurm job runs: one cohort from a file, its result beside it")
-    task.add_argument("file", type=Path)
-    report = add("report", _report, "write the report of result folders")
-    report.add_argument("results", nargs="+", type=Path)
-    report.add_argument("--out", type=Path, help="the page's folder; report/ unless asked for others only")
-    report.add_argument("--terminal", action="store_true", help="claims and main tables, here")
-    report.add_argument("--export", type=Path, metavar="FOLDER", help="all records as CSV and Parquet")
-    report.add_argument("--latex", type=Path, metavar="FOLDER", help="all tables for a paper")
-    report.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="all runs as event files")
-    report.add_argument(
-        "--wandb", metavar="ENTITY/PROJECT", help="build a W&B report; publish when logged in"
-    )
-    compare = add("compare", _compare, "is B faster than A? exit status 1 when significantly slower")
-    compare.add_argument("first", type=Path, metavar="A", help="a result folder")
-    compare.add_argument("second", type=Path, metavar="B", help="another one")
-    compare.add_argument("--threshold", default="5%", help="a regression up to this much is let pass")
-    timeline = add("timeline", _timeline, "what each rank does in one step, for ui.perfetto.dev")
-    timeline.add_argument("options", nargs="*", metavar="KEY=VALUE", help="as for `suite run`")
-    timeline.add_argument("--out", type=Path, default=Path("timeline.json"))
-    doctor = add("doctor", _doctor, "what this host can run, and why not")
-    doctor.add_argument("--cluster", action="store_true", help="equal nodes, clocks, bandwidth of a cluster")
-    doctor.add_argument("options", nargs="*", metavar="KEY=VALUE", help="e.g. testbed=slurm testbed.nodes=2")
-    return parser
 
 
 def _run(parsed: argparse.Namespace) -> int:
@@ -454,6 +374,20 @@ def _doctor(parsed: argparse.Namespace) -> int:
         table.add_row("ok" if finding.ok else "no", finding.what, finding.detail, finding.remedy)
     stdout.print(table)
     return 1 if parsed.cluster and not all(finding.ok for finding in findings) else 0
+
+
+ACTIONS = {
+    "run": _run,
+    "check": _check,
+    "project": _project,
+    "plan": _plan,
+    "sweep": _sweep,
+    "task": _task,
+    "report": _report,
+    "compare": _compare,
+    "timeline": _timeline,
+    "doctor": _doctor,
+}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from engine_scenarios import Program as EngineProgram
 from engine_scenarios import Stack, batch_of, one_forward
 
-from suite.config import load
+from suite.config_load import load
 from suite.harness.check import check
 from suite.impls.sharded import shard
 from suite.impls.sharded.options import EngineOptions

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from suite.config import load, presets
+from suite.config import presets
+from suite.config_load import load
 from suite.errors import UsageError
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from suite.config import Config, load
+from suite.config import Config
+from suite.config_load import load
 from suite.errors import RankError, UsageError
 from suite.harness.elastic import train_elastically, with_fewer_ranks
 from suite.harness.worker import StepMeasurement, Worker

@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from suite.config import Config, load
+from suite.config import Config
+from suite.config_load import load
 from suite.errors import RankError, UsageError
 from suite.harness.check import check
 from suite.harness.measure import measure

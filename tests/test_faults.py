@@ -10,7 +10,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from suite.config import Config, load
+from suite.config import Config
+from suite.config_load import load
 from suite.errors import RankError
 from suite.harness.launch import launch
 from suite.harness.measure import Failure, measure

@@ -20,7 +20,8 @@ from record_factory import check, run
 from test_checkpoint import make
 
 from suite.cli import main
-from suite.config import ClusterConfig, Config, key_names, load
+from suite.config import ClusterConfig, Config
+from suite.config_load import key_names, load
 from suite.errors import SuiteError, UsageError
 from suite.harness.sweep import read_sweep
 from suite.impls.registry import parse_options

@@ -8,7 +8,8 @@ from itertools import product
 import pytest
 import torch
 
-from suite.config import Config, load
+from suite.config import Config
+from suite.config_load import load
 from suite.errors import UsageError
 from suite.harness.check import References, check, check_all
 from suite.impls import registry

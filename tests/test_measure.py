@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from suite.config import Config, load
+from suite.config import Config
+from suite.config_load import load
 from suite.errors import RankError, UsageError
 from suite.harness import measure as measure_module
 from suite.harness.measure import Failure, measure

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from suite.config import ModelConfig, load
+from suite.config import ModelConfig
+from suite.config_load import load
 from suite.errors import UsageError
 from suite.impls.sharded.memory import GIB, ModelSize, model_size, plan_memory, smallest_partition
 from suite.workloads.activations import activation_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from suite.config import load
+from suite.config_load import load
 from suite.harness.measure import measure
 from suite.records import Record
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from suite import config
+from suite import config, config_load
 from suite.config import ModelConfig
 from suite.errors import UsageError
 from suite.workloads import models
@@ -33,14 +33,14 @@ SHAPES = [
 
 
 def preset(name: str) -> ModelConfig:
-    return config.load([f"workload={name}"]).workload.model
+    return config_load.load([f"workload={name}"]).workload.model
 
 
 def test_every_promised_preset_is_there_and_names_itself() -> None:
     small = {f"{family}-{size}" for family in models.FAMILIES for size in ("tiny", "small")}
     assert small | set(PUBLISHED_BILLIONS) <= set(config.presets("workloads"))
     for name in config.presets("workloads"):
-        assert config.load([f"workload={name}"]).workload.name == name
+        assert config_load.load([f"workload={name}"]).workload.name == name
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED_BILLIONS))

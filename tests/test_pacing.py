@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from suite.config import load
+from suite.config_load import load
 from suite.impls.blocks import block_stack
 from suite.impls.trace import Kind, Trace
 from suite.workloads.data import open_stream

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from record_factory import run
 
-from suite.config import load
+from suite.config_load import load
 from suite.errors import UsageError
 from suite.projection.against_emulation import compare
 from suite.projection.record import emulated_records

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from suite.config import load
+from suite.config_load import load
 from suite.errors import UsageError
 from suite.harness.worker import model_builder, recipe_of
 from suite.impls import registry

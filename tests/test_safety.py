@@ -12,7 +12,7 @@ import pytest
 from record_factory import check
 
 import suite
-from suite.cli import main
+from suite.cli import ACTIONS, main
 from suite.errors import RankError, UsageError
 from suite.harness.sweep import read_sweep
 from suite.records import from_json, to_json
@@ -80,7 +80,7 @@ def test_errors_and_what_ranks_printed_show_no_secret(
     def fails(parsed: object) -> int:
         raise RankError(f"rank 1 failed: {secret}", 1, f"Traceback …\n{secret}")
 
-    monkeypatch.setattr("suite.cli._doctor", fails)
+    monkeypatch.setitem(ACTIONS, "doctor", fails)
     assert main(["doctor"]) == 3
     printed = capsys.readouterr()
     assert secret not in printed.out + printed.err and printed.err.count("***") == 2

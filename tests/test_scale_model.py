@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from suite.config import ClusterConfig, ModelConfig, TrainConfig, load
+from suite.config import ClusterConfig, ModelConfig, TrainConfig
+from suite.config_load import load
 from suite.errors import UsageError
 from suite.workloads import flops
 from suite.workloads.models import block_params

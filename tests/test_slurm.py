@@ -16,7 +16,8 @@ import pytest
 import slurm_cluster
 
 from suite.cli import main
-from suite.config import CONFIGS, load
+from suite.config import CONFIGS
+from suite.config_load import load
 from suite.errors import UsageError
 from suite.harness import slurm_sweep
 from suite.harness.slurm_jobs import scripts

@@ -80,7 +80,7 @@ def test_the_command_writes_the_blocks_of_an_emulated_step(tmp_path: Path) -> No
 
 
 def test_a_local_step_can_be_traced_too() -> None:
-    from suite.config import load
+    from suite.config_load import load
 
     timeline = trace_step(load(["impl=floor", "workload.data=synthetic", "testbed.ranks=2"]))
     assert timeline.evidence == "measured" and len(timeline.spans) == 2

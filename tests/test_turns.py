@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from suite.config import Config, load
+from suite.config import Config
+from suite.config_load import load
 from suite.harness.turns import ALONE_NOTE, measure_alone
 from suite.records import Record
 

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.file_baton import FileBaton
 
-from suite.config import Config, load
+from suite.config import Config
+from suite.config_load import load
 from suite.errors import RankError, UsageError
 from suite.harness import traffic
 from suite.harness.check import check

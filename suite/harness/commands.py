@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
-from suite.config import Config, load
+from suite.config import Config
+from suite.config_load import load
 from suite.errors import UsageError
 from suite.harness.check import References, check
 from suite.harness.cluster_doctor import examine_cluster

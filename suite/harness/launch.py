@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from suite.config import Config, load
+from suite.config import Config
+from suite.config_load import load
 from suite.errors import UsageError, unknown
 from suite.harness.nodes import nodes_of, require_equal, summary
 from suite.impls import registry

@@ -17,7 +17,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from suite.config import SHORT_KEYS, Config, load
+from suite.config import Config
+from suite.config_load import SHORT_KEYS, load
 from suite.errors import SuiteError, UsageError, unknown
 from suite.harness.check import References, check
 from suite.harness.launch import Place, testbed_of

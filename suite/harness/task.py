@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from suite.config import load
+from suite.config_load import load
 from suite.errors import RankError, UsageError
 from suite.harness.doctor import Finding
 from suite.harness.launch import Place

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from suite.config import load
+from suite.config_load import load
 from suite.errors import UsageError
 from suite.projection.compute import Costs, Pass
 from suite.projection.emulated import EmulatedCluster, project_emulated

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from multiprocessing import get_context
 
-from suite.config import Config, load
+from suite.config import Config
+from suite.config_load import load
 from suite.projection.assumptions import Assumptions, default_assumptions
 from suite.projection.project import Projection, project
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from suite.config import Config, load, presets
+from suite.config import Config, presets
+from suite.config_load import load
 from suite.records import ProjectionRecord, Record
 from suite.reports.cohorts import flat, training_key
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from suite.config import load
+from suite.config_load import load
 from suite.impls.sharded.schedule import Event, Limits, Phase, Scheduler, plan
 from suite.workloads.data import open_stream, prepare
 
