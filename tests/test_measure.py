@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -107,9 +108,21 @@ def test_configurations_that_train_differently_are_not_compared() -> None:
         measure(cohort)
 
 
-def test_wrong_options_are_refused_before_anything_starts() -> None:
-    with pytest.raises(UsageError, match="partition_size=3 does not divide"):
-        measure(configs("hsdp", more=["testbed.ranks=4", "impl.options.partition_size=3"]))
+def test_a_member_with_wrong_input_is_left_out_before_its_ranks_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right, wrong = *configs("ddp"), *configs("hsdp", more=["impl.options.partition_size=3"])
+    started, launch = [], measure_module.launch
+
+    def noted(config: Config, *others: Any) -> Any:
+        started.append(config.impl.name)
+        return launch(config, *others)
+
+    monkeypatch.setattr(measure_module, "launch", noted)
+    record, failure = measure([right, wrong])
+    assert isinstance(record, Record) and record.impl == "ddp" and started == ["ddp"]
+    assert isinstance(failure, Failure) and isinstance(failure.error, UsageError)
+    assert "partition_size=3 does not divide" in str(failure.error)
 
 
 def test_the_share_of_the_peak_is_of_the_device_that_the_ranks_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,14 @@ def test_a_sweep_runs_once_and_is_then_finished(sweep_file: Path, tmp_path: Path
     assert len(read(out / "records.jsonl")) == 5
 
 
+def test_what_an_implementation_refuses_is_refused_before_the_first_stage(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(SWEEP + "  - {name: last, impls: [{name: zero3, options: {prefech_bytes: 1}}]}\n")
+    with pytest.raises(UsageError, match=r"stage 'last': .*did you mean 'prefetch_"):
+        run_sweep(read_sweep(file), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_interrupted_sweep_loses_only_the_cohort_that_was_running(
     sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,8 +119,8 @@ def measure(
     """Runs all configurations of a cohort at once, their steps taken in turns (A B C A B C ...).
 
     The members may differ in their implementation only. All are alive at the same time, but only
-    one computes at any moment; the others wait. A member that fails is left out of what follows.
-    Raises UsageError when a member's input is wrong (before anything is started).
+    one computes at any moment; the others wait. A member that fails, or whose input is wrong, is left out
+    of what follows.
     """
     _require_comparable(cohort)
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -129,8 +129,8 @@ def measure(
         teams: list[Team] = []
         for config in cohort:
             say(f"starting {config.impl.name}")
-            prepare(config, place)
             try:
+                prepare(config, place)
                 ranks = stack.enter_context(launch(config, Worker, place))
                 teams.append(Team(config, place(config), ranks))
             except SuiteError as error:

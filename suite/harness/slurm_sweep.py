@@ -15,10 +15,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from suite.errors import RankError, SuiteError, UsageError
-from suite.harness.launch import require
 from suite.harness.measure import Failure
 from suite.harness.slurm_jobs import JOBS, Task, close_tasks, open_tasks, submit
-from suite.harness.sweep import RECORDS, Clock, Cohort, Outcome, Progress, cells, identity, unfinished
+from suite.harness.sweep import (
+    RECORDS,
+    Clock,
+    Cohort,
+    Outcome,
+    Progress,
+    cells,
+    identity,
+    require_all,
+    unfinished,
+)
 from suite.harness.task import Result, read_result
 from suite.records import AnyRecord, append, read
 from suite.testbeds import slurm
@@ -101,9 +110,7 @@ def run_once(cohort: Cohort, out: Path, observe: Callable[[Progress], None]) -> 
 
 def _require(cohorts: Sequence[Cohort]) -> None:
     """Raises UsageError for what would only fail in the job, and when there is no Slurm."""
-    for cohort in cohorts:
-        for cell in cohort.cells:
-            require(cell)
+    require_all(cohorts)
     reason = slurm.why_not()
     if reason is not None:
         raise UsageError(f"testbed=slurm cannot submit jobs here: {reason}")

@@ -21,7 +21,7 @@ from suite.config import Config
 from suite.config_load import SHORT_KEYS, load
 from suite.errors import SuiteError, UsageError, unknown
 from suite.harness.check import References, check
-from suite.harness.launch import Place, testbed_of
+from suite.harness.launch import Place, require, testbed_of
 from suite.harness.measure import Failure, measure
 from suite.harness.timeline import Timeline, write_timeline
 from suite.harness.turns import measure_alone
@@ -175,10 +175,13 @@ def run_sweep(
 
     `project` answers the cells of kind `project`: the model is another room of the house.
     A cell that fails is reported in the outcome and tried again by the next call; the rest goes on.
+    Raises UsageError, before anything runs, for options that an implementation does not have and packages
+    that are missing.
     """
     file = out / RECORDS
     finished = {identity(record) for record in read(file)}
     todo = unfinished(cohorts, finished)
+    require_all(todo)
     outcome = Outcome(skipped=cells(cohorts) - cells(todo))
     clock = Clock(cells(todo), observe)
     for cohort in todo:
@@ -206,6 +209,16 @@ def unfinished(cohorts: Iterable[Cohort], finished: Collection[Identity]) -> lis
         if left:
             todo.append(Cohort(cohort.stage, cohort.kind, left))
     return todo
+
+
+def require_all(cohorts: Iterable[Cohort]) -> None:
+    """Raises UsageError for what would be refused in the middle of the sweep."""
+    for cohort in cohorts:
+        for cell in cohort.cells if cohort.kind != "project" else ():
+            try:
+                require(cell)
+            except UsageError as error:
+                raise UsageError(f"stage {cohort.stage!r}: {error}") from error
 
 
 def cells(cohorts: Iterable[Cohort]) -> int:
