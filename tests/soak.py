@@ -57,6 +57,7 @@ def sweeper(folder: Path) -> None:
     from suite.testbeds.forked import stay_forkable
 
     stay_forkable()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     for number in range(1_000_000):
         file = sweep_file(folder, number)
         if not file.exists():
