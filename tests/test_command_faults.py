@@ -51,8 +51,12 @@ def here(tmp_path: Path) -> Iterator[Place]:
 
 
 def start(here: Place, *words: str, **more: str) -> subprocess.Popen[str]:
+    return start_command(here, sys.executable, "-m", "suite.cli", *words, **more)
+
+
+def start_command(here: Place, *command: str, **more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "suite.cli", *words],
+        command,
         cwd=here.folder,
         env=here.environment(**more),
         stdout=subprocess.PIPE,
@@ -150,15 +154,7 @@ def test_a_disk_that_fills_up_while_recording_keeps_what_is_there_and_shows_the_
         "import resource, sys; from suite.cli import main; "
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 100}, -1)); sys.exit(main())"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", limited, *SWEEPING],
-        cwd=here.folder,
-        env=here.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    status, errors = finish(process)
+    status, errors = finish(start_command(here, sys.executable, "-c", limited, *SWEEPING))
     assert status == 3, errors
     assert "cannot write to out/records.jsonl: File too large" in errors and "Traceback" not in errors
     assert file.read_bytes() == before  # no half line
@@ -182,15 +178,7 @@ def test_a_file_system_without_room_is_an_error_in_one_line(here: Place) -> None
         "mount -t tmpfs -o size=16k none out && head -c 14k /dev/zero > out/filler;"
         f" exec {sys.executable} -m suite.cli run impl=zero3 out=out wandb.mode=disabled {' '.join(TINY)}"
     )
-    process = subprocess.Popen(
-        ["unshare", "-Urm", "sh", "-c", script],
-        cwd=here.folder,
-        env=here.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    status, errors = finish(process)
+    status, errors = finish(start_command(here, "unshare", "-Urm", "sh", "-c", script))
     assert status == 3, errors
     assert "cannot write to out/records.jsonl: No space left on device" in errors
     assert "Traceback" not in errors and here.left_behind() == []
