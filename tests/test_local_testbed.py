@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from suite.errors import RankError
+from suite.testbeds import forked
 from suite.testbeds.local import LocalTestbed
+from suite.testbeds.process import ChildProcess
 from suite.testbeds.testbed import RankContext
 
 
@@ -129,6 +133,51 @@ def test_ranks_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     assert len(pids) == 2
     parent.kill()
     parent.wait()
+    assert gone_soon(pids)
+
+
+def test_a_rank_that_has_not_got_as_far_as_a_session_of_its_own_is_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(forked.os, "setsid", lambda: time.sleep(60))
+    with pytest.raises(RankError, match="made no progress for 1 s in start-up"):
+        with LocalTestbed(2, 2).launch(Program, 1):
+            pass
+    assert multiprocessing.active_children() == []
+
+
+def test_an_interruption_right_after_a_fork_leaves_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_rank, pids = forked.fork_rank, []
+
+    def interrupted(number: int, *others: Any) -> Any:
+        process = fork_rank(number, *others)
+        pids.append(process.pid)
+        if number == 1:
+            signal.raise_signal(signal.SIGINT)  # before the caller has noted the process
+        return process
+
+    monkeypatch.setattr(forked, "fork_rank", interrupted)
+    with pytest.raises(KeyboardInterrupt), LocalTestbed(3, 3).launch(Program, 30):
+        pass
+    assert len(pids) == 2 and gone_soon(pids)
+
+
+@pytest.mark.parametrize("method", ["join", "kill"])
+def test_an_interruption_while_ranks_are_ended_ends_all_of_them(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    original, interruptions = getattr(ChildProcess, method), [KeyboardInterrupt()]
+
+    def interrupted(process: ChildProcess, *others: Any) -> None:
+        if interruptions:
+            raise interruptions.pop()
+        original(process, *others)
+
+    with pytest.raises(KeyboardInterrupt), LocalTestbed(3, 3).launch(Program, 30) as running:
+        pids = running.pids()
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)  # they will not end by themselves
+        monkeypatch.setattr(ChildProcess, method, interrupted)
     assert gone_soon(pids)
 
 

@@ -74,20 +74,23 @@ def forked_ranks(program: Program, site: Site, startup_timeout_s: float) -> Iter
     try:
         ranks.answers("start-up", startup_timeout_s)
         yield ranks
+        ranks.end()
     except BaseException:
         ranks.kill()
         raise
-    ranks.end()
 
 
 def _fork(program: Program, site: Site) -> list[Rank]:
     ranks: list[Rank] = []
+    before = set(multiprocessing.active_children())
     try:
         for number in range(site.ranks):
             ours, theirs = _FORK.Pipe()
             ranks.append(Rank(number, fork_rank(number, program, site, theirs), ours))
     except BaseException:
         LocalRanks(ranks).kill()
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()  # started, but an interruption came before it was noted
         raise
     finally:
         if site.listener is not None:

@@ -76,6 +76,7 @@ class ChildProcess:
     def kill(self) -> None:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
+        self._process.kill()  # it may not have got as far as having a group of its own
 
     def sighting(self) -> Sighting:
         return self._whereabouts.read()

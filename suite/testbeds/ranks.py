@@ -147,13 +147,22 @@ class LocalRanks:
         """The same at once; harmless when they have ended."""
         if self._ended:
             return
-        self._ended = True
+        try:
+            self._kill_all()
+            for rank in self._ranks:
+                rank.process.join(KILL_GRACE_S)
+        except BaseException:
+            self._kill_all()  # an interruption may have come between two of them
+            raise
+        finally:
+            self._ended = True
+            for rank in self._ranks:
+                rank.channel.close()
+                rank.process.close()
+
+    def _kill_all(self) -> None:
         for rank in self._ranks:
             rank.process.kill()
-        for rank in self._ranks:
-            rank.process.join(KILL_GRACE_S)
-            rank.channel.close()
-            rank.process.close()
 
 
 def _waits(rank: Rank, stack: str) -> bool:
