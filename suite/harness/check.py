@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from suite.config import Config, TestbedConfig
+from suite.config import Config, TestbedConfig, TrainConfig
 from suite.harness.environment import environment
 from suite.harness.launch import Place, launch, prepare, step_timeout_s, testbed_of
 from suite.harness.worker import build_trainer, make_pacer, model_builder, recipe_of
 from suite.impls.trace import Trace
+from suite.impls.trainer import Recipe
 from suite.records import CheckRecord
 from suite.testbeds.devices import accelerator_type
 from suite.testbeds.local import LocalTestbed
@@ -26,6 +27,10 @@ from suite.workloads.data import open_stream
 from suite.workloads.reference import ReferenceRun, run_reference
 
 STEPS = 5
+EPS = 1e-5
+"""AdamW's epsilon in a check. With the usual 1e-8 an update is the sign of the gradient, however small that
+is: fp32's rounding, where it makes most of a gradient, then moves parameters by as much as everything
+else does, and a gradient of twice its size would not be noticed."""
 FP32_TOLERANCE = {
     "max_abs_grad_diff": 1e-6,
     "max_rel_grad_diff": 1e-5,
@@ -60,6 +65,10 @@ class Differences:
         return {key: getattr(self, key) for key in FP32_TOLERANCE}
 
 
+def checked_recipe(train: TrainConfig) -> Recipe:
+    return replace(recipe_of(train), eps=EPS)
+
+
 class CheckWorker:
     """One rank's program: trains a few steps and compares with the reference in `folder`."""
 
@@ -68,7 +77,9 @@ class CheckWorker:
         self._context = context
         self._stream = open_stream(config.workload, config.train.seed)
         trace = Trace(context.whereabouts.tell)
-        self._trainer = build_trainer(config, context, make_pacer(config, trace), trace)
+        self._trainer = build_trainer(
+            config, checked_recipe(config.train), context, make_pacer(config, trace), trace
+        )
         self._trainer.keep_gradients = True
         self._losses: list[float] = []
         self._grad_norms: list[float] = []
@@ -123,7 +134,7 @@ class ReferenceWorker:
         config = self._config
         stream = open_stream(config.workload, config.train.seed)
         batches = [stream.global_batch(step, config.global_batch).to(self._device) for step in range(STEPS)]
-        recipe = replace(recipe_of(config.train), precision=precision)
+        recipe = replace(checked_recipe(config.train), precision=precision)
         run_reference(model_builder(config), recipe, batches, self._device).save(Path(path))
 
 

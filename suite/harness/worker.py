@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -65,10 +65,9 @@ class Device:
     attention: str
 
 
-def recipe_of(train: TrainConfig, activation_bytes: int | None = None) -> Recipe:
+def recipe_of(train: TrainConfig) -> Recipe:
     """What the configuration asks of every implementation."""
     return Recipe(
-        activation_bytes=activation_bytes,
         lr=train.lr,
         weight_decay=train.weight_decay,
         precision=train.precision,
@@ -89,7 +88,9 @@ def make_pacer(config: Config, trace: Trace) -> Pacer | None:
     return None if scale is None else Pacer(scale.block, trace, traffic.LinkCounter(INTERFACE).read)
 
 
-def build_trainer(config: Config, context: RankContext, pacer: Pacer | None, trace: Trace) -> Trainer:
+def build_trainer(
+    config: Config, recipe: Recipe, context: RankContext, pacer: Pacer | None, trace: Trace
+) -> Trainer:
     """The configured implementation on this rank, training a paced model when there is a pacer; what it
     does goes into `trace`."""
     build = model_builder(config)
@@ -102,22 +103,13 @@ def build_trainer(config: Config, context: RankContext, pacer: Pacer | None, tra
         return model
 
     topology = Topology(context.rank, context.world_size, context.ranks_per_node, context.device)
-    activations = None
     if "auto" in config.impl.options.values():  # tracing takes a second, which others need not pay
         train = config.train
         activations = activation_bytes(
-            config.workload.model,
-            train.micro_batch,
-            recipe_of(train).dtype,
-            train.activation_checkpointing,
+            config.workload.model, train.micro_batch, recipe.dtype, train.activation_checkpointing
         )
-    trainer = registry.build(
-        config.impl.name,
-        build_watched,
-        recipe_of(config.train, activations),
-        topology,
-        config.impl.options,
-    )
+        recipe = replace(recipe, activation_bytes=activations)
+    trainer = registry.build(config.impl.name, build_watched, recipe, topology, config.impl.options)
     trainer.record_into(trace)
     return trainer
 
@@ -132,7 +124,7 @@ class Worker:
         self._stream = open_stream(config.workload, config.train.seed)
         self._trace = Trace(context.whereabouts.tell)
         self._pacer = make_pacer(config, self._trace)
-        self._trainer = build_trainer(config, context, self._pacer, self._trace)
+        self._trainer = build_trainer(config, recipe_of(config.train), context, self._pacer, self._trace)
         self._stopwatch = Stopwatch(context.device)
         self._step = 0
 

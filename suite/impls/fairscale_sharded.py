@@ -139,6 +139,11 @@ class FairScaleFSDP(Trainer):
         return gradients
 
     def _optimizer_step(self) -> tuple[Tensor | float, bool]:
+        if self.topology.world_size == 1:
+            # It widens gradients where it has reduced them, and one rank has nothing to reduce.
+            for shard in self._model.parameters():
+                if shard.grad is not None:
+                    shard.grad.data = shard.grad.data.to(shard.dtype)
         limit = math.inf if self.recipe.clip is None else self.recipe.clip
         norm = self._model.clip_grad_norm_(limit)
         self._optimizer.step()
