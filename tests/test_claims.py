@@ -8,6 +8,7 @@ import pytest
 import record_factory as factory
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from suite.harness.sweep import read_sweep
 from suite.records import Spread
@@ -15,6 +16,7 @@ from suite.reports.claims import JUDGES, Verdict, judge, write_claims, write_swe
 from suite.reports.cohorts import Ratio, group_cohorts
 from suite.reports.judges.convergence import LOSS_TOLERANCE
 from suite.reports.published import CLAIMS, NUMBERS, SOURCES
+from suite.reports.repeat import sweep_of
 from suite.reports.sections.runs import run_names
 from suite.reports.verdicts import NOT_TESTABLE
 
@@ -121,6 +123,15 @@ def test_the_sweep_of_a_row_repeats_the_configurations_of_its_runs(tmp_path: Pat
     )
     (cohort,) = read_sweep(tmp_path / "M8.yaml")
     assert [cell.to_dict() for cell in cohort.cells] == [run.config for run in records]
+
+
+def test_the_sweep_of_a_row_keeps_its_stages_and_loses_no_run_of_them():
+    (ddp,) = factory.cohort(["ddp"])
+    again = replace(ddp, cohort="another")
+    other = replace(ddp, cohort="a third", config={**ddp.config, "train": {**ddp.config["train"], "seed": 5}})
+    other = replace(other, config_hash="0" * 16)
+    stages = OmegaConf.create(sweep_of([ddp, again, other])).stages
+    assert [stage.name for stage in stages] == ["run", "run 2", "run"]
 
 
 def _two_nodes(config: dict) -> dict:

@@ -51,6 +51,11 @@ def test_growing_bytes_are_no_fixed_cost():
     assert verdict_on("M1", records).verdict == "not reproduced"
 
 
+def test_a_partition_size_that_changes_is_no_fixed_cost_to_judge():
+    records = changed(factory.weak_scaling(), "mics", 4, partition_size=4)
+    assert verdict_on("M1", records).verdict == "not testable here"
+
+
 def test_weak_scaling_needs_zero3_beside_mics_and_a_network():
     assert verdict_on("M1", without(factory.weak_scaling(), "zero3")).verdict == "not testable here"
     local = [replace(run, testbed="local") for run in factory.weak_scaling()]
@@ -80,6 +85,11 @@ def test_two_hops_that_save_bytes_but_no_time_are_partly():
     on, flat, single = factory.mics_ablation()
     as_fast = replace(single, step_time_s=on.step_time_s, step_times_s=on.step_times_s)
     assert verdict_on("M3", [on, flat, as_fast]).verdict == "partly"
+
+
+def test_a_single_replica_has_no_second_hop_to_save():
+    alone = [replace(run, world_size=4, nodes=2) for run in factory.mics_ablation()]
+    assert verdict_on("M3", list(alone)).verdict == "not testable here"
 
 
 def test_a_single_micro_step_says_nothing_about_two_hops():
@@ -158,6 +168,42 @@ def test_a_slower_network_is_judged_by_the_relative_drops(slow3: float, expected
         factory.emulated("deepspeed-zero3", step_s=slow3, gbit_s=100),
     ]
     assert verdict_on("Z1", list(records)).verdict == expected
+
+
+def test_drops_that_the_spread_does_not_tell_apart_reproduce_nothing():
+    steps = {("deepspeed-zero2", 400): 0.2, ("deepspeed-zero2", 100): 0.2, ("deepspeed-zero3", 400): 0.2}
+    records = [factory.emulated(impl, step_s=step_s, gbit_s=speed) for (impl, speed), step_s in steps.items()]
+    records.append(factory.emulated("deepspeed-zero3", step_s=0.2004, gbit_s=100))
+    assert verdict_on("Z1", list(records)).verdict == "not reproduced"
+
+
+def test_nodes_of_one_host_have_no_network_between_them():
+    slower = [
+        factory.emulated(impl, step_s=step_s) for impl, step_s in (("mics", 0.2), ("deepspeed-zero3", 0.6))
+    ]
+    local = [replace(run, testbed="local", evidence="measured") for run in slower]
+    assert verdict_on("M4", list(local)).verdict == "not testable here"
+    networks = [
+        replace(factory.emulated(impl, step_s=step_s, gbit_s=speed), testbed="local")
+        for impl, speed, step_s in (
+            ("deepspeed-zero2", 400, 0.2),
+            ("deepspeed-zero2", 100, 0.22),
+            ("deepspeed-zero3", 400, 0.2),
+            ("deepspeed-zero3", 100, 0.5),
+        )
+    ]
+    assert verdict_on("Z1", list(networks)).verdict == "not testable here"
+
+
+def test_noisy_runs_count_where_no_quiet_ones_do_and_reproduce_nothing_fully():
+    quiet = [factory.emulated("mics", step_s=0.2), factory.emulated("deepspeed-zero3", step_s=0.3)]
+    noisy = [
+        replace(run, noise={**run.noise, "noisy": True}, cohort="noisy")
+        for run in (factory.emulated("mics", step_s=0.2), factory.emulated("deepspeed-zero3", step_s=0.6))
+    ]
+    assert "noisy" not in verdict_on("M4", [*quiet, *noisy]).findings[0].ours
+    (finding,) = verdict_on("M4", list(noisy)).findings
+    assert finding.outcome == "partly" and finding.ours.endswith("2 of these 2 runs are marked noisy")
 
 
 def test_networks_compare_however_often_each_was_timed():

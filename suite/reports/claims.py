@@ -14,7 +14,7 @@ from typing import Any
 
 from suite.records import AnyRecord, ProjectionRecord, Record
 from suite.reports import repeat
-from suite.reports.cohorts import projections_of, runs_of
+from suite.reports.cohorts import is_noisy, projections_of, runs_of
 from suite.reports.judges.convergence import CONVERGENCE_JUDGES
 from suite.reports.judges.headline import HEADLINE_JUDGES
 from suite.reports.judges.network import NETWORK_JUDGES
@@ -23,13 +23,15 @@ from suite.reports.judges.partition_groups import PARTITION_JUDGES
 from suite.reports.judges.projections import PROJECTION_JUDGES
 from suite.reports.published import CLAIMS, Claim
 from suite.reports.sections.runs import Key, key_of
-from suite.reports.verdicts import NOT_TESTABLE, PARTLY, Finding
+from suite.reports.verdicts import NOT_TESTABLE, PARTLY, REPRODUCED, Finding, Judge
 
 CLAIMS_SCHEMA = "claims/1"
 SWEEPS = "sweeps"
 OVERALL_RULE = (
     "Kinds of evidence are judged apart, each by the rule in the row. A verdict is what they agree on, and "
-    "“partly” where they do not; a kind that cannot test the claim is shown and decides nothing."
+    "“partly” where they do not; a kind that cannot test the claim is shown and decides nothing. Runs that "
+    "are marked noisy count only where no quiet ones can be judged; the row says so then, and reproduces "
+    "nothing more than partly."
 )
 
 
@@ -93,7 +95,7 @@ def write_sweeps(folder: Path, verdicts: Iterable[Verdict]) -> None:
 def _verdict(claim: Claim, runs: Sequence[Record], projections: Sequence[ProjectionRecord]) -> Verdict:
     entry = JUDGES[claim.id]
     found = [
-        entry.evaluate([run for run in runs if run.evidence == evidence])
+        _found(entry, [run for run in runs if run.evidence == evidence])
         for evidence in sorted({run.evidence for run in runs})
     ]
     found.append(entry.projected(projections))
@@ -104,6 +106,18 @@ def _verdict(claim: Claim, runs: Sequence[Record], projections: Sequence[Project
     behind = [run for finding in findings for run in finding.runs]
     lines = repeat.commands(behind, f"{SWEEPS}/{claim.id}.yaml")
     return Verdict(claim, _overall(findings), entry.rule, findings, None, lines, repeat.sweep_of(behind))
+
+
+def _found(entry: Judge, runs: Sequence[Record]) -> Finding | None:
+    """By the quiet runs if they will do, else by all; see OVERALL_RULE."""
+    quiet = entry.evaluate([run for run in runs if not is_noisy(run)])
+    finding = quiet or entry.evaluate(runs)
+    if quiet or finding is None:
+        return finding
+    noisy = sum(isinstance(run, Record) and is_noisy(run) for run in finding.runs)
+    outcome = PARTLY if finding.outcome == REPRODUCED else finding.outcome
+    ours = f"{finding.ours}; {noisy} of these {len(finding.runs)} runs are marked noisy"
+    return replace(finding, outcome=outcome, ours=ours)
 
 
 def _overall(findings: Iterable[Finding]) -> str:

@@ -99,6 +99,16 @@ class Cohort:
         return self.floor
 
 
+def is_noisy(run: Record) -> bool:
+    return bool(run.noise.get("noisy"))
+
+
+def has_network(run: Record) -> bool:
+    """Whether something like a cluster's network is between its nodes: on one host as it is, they only tell
+    the topology."""
+    return run.nodes > 1 and run.testbed != "local"
+
+
 def runs_of(records: Iterable[AnyRecord]) -> list[Record]:
     return [record for record in records if isinstance(record, Record)]
 

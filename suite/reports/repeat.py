@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -34,14 +35,26 @@ def sweep_of(runs: Iterable[Record | ProjectionRecord]) -> str | None:
         return None
     stages = [
         {
-            "name": f"{group[0].stage or 'run'} {index}",
+            "name": name,
             "kind": "run",
             "impls": [run.config["impl"] for run in group],
             "base": _base(group[0].config),
         }
-        for index, group in enumerate(cohorts.values(), 1)
+        for name, group in _named(cohorts.values())
     ]
     return OmegaConf.to_yaml(OmegaConf.create({"stages": stages}))
+
+
+def _named(groups: Iterable[list[Record]]) -> Iterator[tuple[str, list[Record]]]:
+    """Groups under the names of their stages, which keep weak scaling together; a group with a run that has
+    been under that name already gets another name, or the sweep would take the run for finished."""
+    taken: dict[str, set[str]] = {}
+    for group in groups:
+        stage, hashes = group[0].stage or "run", {run.config_hash for run in group}
+        names = (stage if number == 1 else f"{stage} {number}" for number in itertools.count(1))
+        name = next(name for name in names if not hashes & taken.setdefault(name, set()))
+        taken[name] |= hashes
+        yield name, group
 
 
 def _base(config: dict[str, Any]) -> dict[str, Any]:

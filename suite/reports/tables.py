@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from suite.records import Record
-from suite.reports.cohorts import FLOOR, Cohort, Ratio
+from suite.reports.cohorts import FLOOR, Cohort, Ratio, is_noisy
 from suite.reports.emulated import best_overlap, overlap
 
 NOTHING = "–"
@@ -133,7 +133,7 @@ def ratio_cell(run: Record, reference: Record | None, pattern: str = "{} no diff
 
 
 def evidence_cell(run: Record) -> Cell:
-    return word(f"{run.evidence}, noisy" if run.noise.get("noisy") else run.evidence)
+    return word(f"{run.evidence}, noisy" if is_noisy(run) else run.evidence)
 
 
 def overlap_cell(run: Record) -> Cell:

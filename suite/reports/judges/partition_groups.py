@@ -60,7 +60,9 @@ def _on_several_nodes(curves: Sequence[Curve], impl: str) -> list[list[Record]]:
     result = []
     for curve in curves:
         points = [run for run in curve.points if run.nodes > 1 and run.inter_node_bytes_per_node is not None]
-        if points and as_it_is(impl)(points[0]) and len(points) > 1:
+        sizes = {run.partition_size for run in points}
+        comparable = impl == ZERO3 or len(sizes) == 1
+        if len(points) > 1 and as_it_is(impl)(points[0]) and comparable:
             result.append(points)
     return result
 
@@ -159,7 +161,7 @@ def _two_hop(runs: Sequence[Record]) -> Finding | None:
     found = [
         pair
         for pair in pairs(runs, as_it_is(MICS), _only(MICS, two_hop=False))
-        if pair.on.micro_steps > 1 and pair.on.partition_size == pair.off.partition_size and _counted(pair)
+        if pair.on.partition_size == pair.off.partition_size and _counted(pair) and _predicted_saving(pair.on)
     ]
     if not found:
         return None
