@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
@@ -21,7 +20,7 @@ from rich.table import Table
 
 from suite.arguments import parse
 from suite.config import Config
-from suite.config_load import load
+from suite.config_load import dotlist_value, load
 from suite.errors import SuiteError, UsageError
 from suite.records import AnyRecord, CheckRecord, ProjectionRecord, append, read, to_json
 from suite.secrets import mask
@@ -29,8 +28,14 @@ from suite.secrets import mask
 if TYPE_CHECKING:  # importing the harness takes seconds, which a wrong option need not pay
     from suite.harness.sweep import Progress
 
-stderr = Console(stderr=True)
-stdout = Console()
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # for `main` to answer
+
+
+stderr = _Console(stderr=True)
+stdout = _Console()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -235,8 +240,7 @@ def _overrides(words: Sequence[str]) -> dict[str, object]:
     for word in words:
         if "=" not in word:
             raise UsageError(f"{word!r} is not an option; options are written key=value")
-    pairs = (word.split("=", 1) for word in words)
-    return {key: OmegaConf.from_dotlist([f"value={text}"]).value for key, text in pairs}
+    return {key: dotlist_value(text) for key, text in (word.split("=", 1) for word in words)}
 
 
 @contextmanager

@@ -39,6 +39,17 @@ def load(overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
     return resolve(config)
 
 
+def dotlist_value(text: str) -> Any:
+    """What stands behind `key=` in a dotlist. Raises UsageError for what is none, or refers to something."""
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+    except Exception as error:  # yaml's own errors share no base class with OmegaConf's
+        raise UsageError(f"cannot read {text!r} as a value: {_first_line(error)}") from error
+    assert isinstance(value, dict)
+    _refuse_references(value)
+    return value["value"]
+
+
 def _typed(given: DictConfig) -> Config:
     merged = OmegaConf.structured(Config)
     merged = _merge(

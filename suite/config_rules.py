@@ -12,6 +12,9 @@ from suite.config import PRECISIONS, REAL_CLUSTERS, Config, TestbedConfig, prese
 from suite.errors import UsageError, unknown
 from suite.secrets import names_a_secret
 
+_RATES = ("peak_tflops", "memory_gb", "memory_gb_s", "intra_node_gb_s", "inter_node_gbit_s")
+"""Of a cluster."""
+
 
 def resolve(config: Config) -> Config:
     """Fills in what follows from the rest and refuses what cannot be run."""
@@ -87,7 +90,7 @@ def _require_scale_model(config: Config) -> None:
 
 
 def _require_cluster_settings(config: Config) -> None:
-    """What goes into Slurm's job script, and what only real clusters know."""
+    """What goes into Slurm's job script, and what a cluster's file says of it."""
     testbed, cluster = config.testbed, config.cluster
     for key, pattern, example in (
         ("partition", r"[\w.,-]+", "a name"),
@@ -99,6 +102,8 @@ def _require_cluster_settings(config: Config) -> None:
     for option in testbed.sbatch:
         ok = re.fullmatch(r"--[a-z][\w-]*(=[\w.,:/@%+=\[\]-]+)?", option) is not None
         _require(ok, "an option in testbed.sbatch", option, "like --name or --name=value")
+    for key in _RATES if cluster is not None else ():
+        _require(getattr(cluster, key) > 0, f"cluster.{key}", getattr(cluster, key), "above 0")
     for name in cluster.env if cluster is not None else ():
         _require(re.fullmatch(r"[A-Za-z_]\w*", name) is not None, "cluster.env", name, "a variable's name")
         if names_a_secret(name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,9 @@ def test_results_are_kept_in_the_folder_that_out_names(tmp_path: Path) -> None:
         (["run", "impl=ddp", "train.global_batch=10"], "does not divide by 4 ranks"),
         (["run", "impl=ddp", "workload.data=no/such/file"], "no/such/file"),
         (["check", "impl=ddp", "workload.data=hf:x"], "datasets"),
+        (["sweep", "missing.yaml", "train.clip={"], "cannot read '{' as a value"),
+        (["sweep", "missing.yaml", "workload.data=${oc.env:HOME}"], "write the value itself"),
+        (["sweep", "missing.yaml", "workload.data=???"], "write the value itself"),
         (["sweep", "missing.yaml"], "there is no sweep file 'missing.yaml'"),
         (["report", "nowhere"], "there are no results in 'nowhere'"),
     ],
@@ -108,3 +112,13 @@ def test_what_wins_over_a_sweep_file_has_the_type_that_it_would_have_there() -> 
         "train.global_batch": None,
         "impl": "ddp",
     }
+
+
+def test_a_reader_who_goes_away_is_told_by_the_status() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "suite.cli", "doctor"], stdout=writing, stderr=subprocess.PIPE
+    )
+    os.close(writing)
+    assert done.returncode == 141 and b"Traceback" not in done.stderr

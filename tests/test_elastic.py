@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -12,7 +13,8 @@ import pytest
 from suite.config import Config
 from suite.config_load import load
 from suite.errors import RankError, UsageError
-from suite.harness.elastic import train_elastically, with_fewer_ranks
+from suite.harness import elastic
+from suite.harness.elastic import Point, train_elastically, with_fewer_ranks
 from suite.harness.worker import StepMeasurement, Worker
 from suite.impls.sharded import checkpoint, kept
 
@@ -44,6 +46,15 @@ def harm(monkeypatch: pytest.MonkeyPatch, method: str, when: Callable[[Worker], 
         return original(self, *arguments)
 
     monkeypatch.setattr(Worker, method, harmed)
+
+
+def test_a_curve_holds_the_steps_that_fp16_has_skipped(tmp_path: Path) -> None:
+    points = [Point(0, 7.5, 1.25), Point(1, 7.4, math.inf), Point(2, 7.3, math.nan)]
+    for point in points:
+        elastic._keep(tmp_path, point)
+    read = elastic._read_curve(tmp_path)
+    assert read[0] == points[0] and [read[step].loss for step in range(3)] == [7.5, 7.4, 7.3]
+    assert read[1].grad_norm is None
 
 
 @pytest.fixture(scope="module")

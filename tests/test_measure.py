@@ -102,6 +102,19 @@ def test_a_busy_machine_is_measured_again_and_the_record_says_so(monkeypatch: py
     assert record.noise["noisy"] and record.notes == [measure_module.NOISE_WARNING]
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RankError("rank 1 was ended")])
+def test_a_timeline_that_cannot_be_kept_loses_no_result(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*_: object) -> Any:
+        raise error
+
+    monkeypatch.setattr(measure_module.Team, "timeline", fails)
+    ddp, floor = measure(configs("ddp", "floor"))
+    assert isinstance(ddp, Record) and isinstance(floor, Record)
+    assert any(note.startswith("its timeline was not kept: ") for note in ddp.notes)
+
+
 def test_configurations_that_train_differently_are_not_compared() -> None:
     cohort = [*configs("ddp"), *configs("floor", more=["train.seed=1"])]
     with pytest.raises(ValueError, match="may differ in their implementation only"):

@@ -108,6 +108,22 @@ def test_a_script_survives_folders_that_a_shell_would_take_apart(tmp_path: Path)
     assert f"{folder}/$SLURM_ARRAY_TASK_ID.json" in shlex.split(command)
 
 
+def test_tasks_that_ask_slurm_for_different_things_are_different_arrays() -> None:
+    cohorts = [
+        Cohort("", "run", [load([*ON_SLURM, *words])])
+        for words in ([], ["testbed.time_limit=30m"], ["testbed.time_limit=4h"], ["testbed.time_limit=30m"])
+    ]
+    asked = [
+        {word for word in directives(text) if "time" in word or "array" in word}
+        for text in scripts(cohorts, Path("results"))
+    ]
+    assert sorted(map(sorted, asked)) == [
+        ["--array=1-2", "--time=30"],
+        ["--array=3-3", "--time=240"],
+        ["--array=4-4"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -116,6 +132,7 @@ def test_a_script_survives_folders_that_a_shell_would_take_apart(tmp_path: Path)
         (["testbed.sbatch=[--x;y]"], "an option in testbed.sbatch=--x;y is not possible"),
         (["testbed.max_nodes=1", "testbed.nodes=2"], "testbed.max_nodes=1 is not possible"),
         (["testbed.partitoin=a"], "did you mean 'testbed.partition'?"),
+        (["cluster=p4d", "cluster.inter_node_gbit_s=0"], "cluster.inter_node_gbit_s=0.0 is not possible"),
         (["cluster=p4d", "cluster.env.HF_TOKEN=x"], "cluster.env.HF_TOKEN looks like a secret"),
     ],
 )

@@ -90,6 +90,8 @@ def test_an_implementation_may_come_with_options(tmp_path: Path) -> None:
         ("stages: [{impls: [ddp], base: {train: {step: 3}}}]", "did you mean 'train.steps'?"),
         ("stages: [{impls: [ddp], grid: {train.lr: [-1]}}]", "train.lr=-1"),
         ("stages: 3", "has no list of stages"),
+        ("stages: []", "has nothing to run"),
+        ("stages: [{impls: [ddp], grid: {train.seed: []}}]", "has nothing to run"),
         ("stages: [", "is not YAML"),
     ],
 )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import record_factory as factory
 
 from suite.config import Config
 from suite.config_load import load
 from suite.harness.turns import ALONE_NOTE, measure_alone
 from suite.records import Record
+from suite.reports.metrics import STEP_TIME, per_step
 
 SMALL = ["workload.model.layers=1", "workload.model.hidden=64", "workload.data=synthetic"]
 
@@ -24,6 +28,14 @@ def test_members_alone_take_turns_in_rounds_and_are_comparable() -> None:
     assert floor.cohort == ddp.cohort and floor.config_hash == cohort[0].hash()
     assert ALONE_NOTE in floor.notes and ALONE_NOTE in ddp.notes
     assert ddp.samples_per_s == pytest.approx(2 / ddp.step_time_s.median)
+
+
+def test_the_curves_of_the_last_round_get_the_last_times() -> None:
+    run = factory.run("ddp")
+    warmup, times = run.config["train"]["warmup"], run.step_times_s[:5]
+    alone = replace(run, losses=run.losses[: warmup + 2], grad_norms=run.grad_norms[: warmup + 2])
+    rows = per_step(replace(alone, step_times_s=times))
+    assert [row.get(STEP_TIME) for row in rows] == [*[None] * warmup, *times[-2:]]
 
 
 def test_a_member_that_fails_is_left_out_of_the_next_round(monkeypatch: pytest.MonkeyPatch) -> None:

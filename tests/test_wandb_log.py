@@ -129,7 +129,8 @@ def test_logged_records_are_not_logged_again_but_new_ones_are(tmp_path: Path):
     before = run_files(folder)
     assert log(folder) is None
     assert run_files(folder) == before
-    results(folder, replace(factory.run("ddp"), started_at="2026-03-05T00:00:00+00:00"))
+    # Of another cohort, though it was started in the same second.
+    results(folder, replace(factory.run("ddp"), cohort="2026-03-01T10:00:00+00:00/bert-tiny/2"))
     assert log(folder) is None
     assert len(run_files(folder)) == len(before) + 1
 

@@ -38,7 +38,7 @@ class Commands:
         return testbed_of if self._seats is None else on_seats(self._seats)
 
     def _in_a_job(self, config: Config) -> bool:
-        return config.testbed.name == "slurm" and self._seats is None
+        return _on_slurm(config) and self._seats is None
 
     def run(self, config: Config, say: Say) -> AnyRecord:
         if self._in_a_job(config):
@@ -96,9 +96,13 @@ class Commands:
         return examine_cluster(self._seats, TorchrunTestbed(self._seats, environment))
 
 
+def _on_slurm(config: Config) -> bool:
+    return config.testbed.name == "slurm"
+
+
 def scripts_of(cohorts: Sequence[Cohort], out: Path) -> list[str]:
     """Those of the jobs that would be submitted. Raises UsageError when there is none."""
-    jobs = [cohort for cohort in cohorts if cohort.cells[0].testbed.name == "slurm"]
+    jobs = [cohort for cohort in cohorts if cohort.kind != "project" and _on_slurm(cohort.cells[0])]
     if not jobs:
         raise UsageError("--dry-run prints the script of a Slurm job; give testbed=slurm")
     return scripts(jobs, out)

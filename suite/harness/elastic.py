@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from suite import typed
 from suite.config import Config
@@ -32,7 +33,9 @@ NOT_A_LOSS = ("FloatingPointError", "OutputError", "UsageError", "DesyncError")
 
 @dataclass(frozen=True)
 class Point:
-    """One step of the loss curve."""
+    """One step of the loss curve. The norm of a step that fp16 has skipped is no finite number."""
+
+    NULLABLE_FLOATS: ClassVar[bool] = True
 
     step: int
     loss: float
@@ -135,6 +138,7 @@ def _attempt(config: Config, folder: Path, started_at: str, say: Say) -> Record:
                 ranks.call("save", folder / f"step-{done:08}", done, timeout_s=timeout_s)
                 kept.keep_newest(folder, KEPT)
         noise = noise_between(before, read_cpu(ranks.pids()), attempts=1)
+        noise = replace(noise, busy_limit=team.testbed.busy_limit)
         team.stop_timing()
         return record_of(team, noise, started_at, name_cohort(config, started_at))
 
@@ -160,7 +164,8 @@ LOST = Point(-1, math.nan, math.nan)
 
 def _keep(folder: Path, point: Point) -> None:
     with (folder / CURVE).open("a") as file:
-        file.write(json.dumps(vars(point)) + "\n")
+        values = {key: value if math.isfinite(value) else None for key, value in vars(point).items()}
+        file.write(json.dumps(values) + "\n")
 
 
 def _cut_unfinished_line(file: Path) -> None:

@@ -145,10 +145,19 @@ def measure(
         assert noise is not None
         cohort_name = name_cohort(cohort[0], started_at)
         records = [record_of(team, noise, started_at, cohort_name) for team in teams]
-        for team, record in zip(teams, records, strict=True):
-            if (timeline := team.timeline()) is not None:
-                keep(record, timeline)
-        return [*records, *failures]
+        kept = [_kept(team, record, keep) for team, record in zip(teams, records, strict=True)]
+        return [*kept, *failures]
+
+
+def _kept(team: Team, record: Record, keep: Keep) -> Record:
+    """The record; that its timeline could not be kept takes nothing from what was measured."""
+    try:
+        if (timeline := team.timeline()) is not None:
+            keep(record, timeline)
+    except (SuiteError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        return replace(record, notes=[*record.notes, f"its timeline was not kept: {reason}"])
+    return record
 
 
 def _require_comparable(cohort: Sequence[Config]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -49,14 +49,17 @@ def scripts(cohorts: Sequence[Cohort], out: Path) -> list[str]:
 
 
 def _arrays(cohorts: Sequence[Cohort], folder: Path) -> Iterator[tuple[slurm.JobArray, list[Cohort]]]:
-    """A job array's tasks all take equally many nodes: one array per shape, in order of size."""
+    """A job array's tasks all take equally many nodes and ask Slurm for the same: one array for each such
+    request, in order of size."""
 
-    def shape(cohort: Cohort) -> tuple[int, int]:
+    def request(cohort: Cohort) -> tuple[int, int, str]:
         cell = cohort.cells[0]
-        return cell.world_size // cell.ranks_per_node, cell.ranks_per_node
+        testbed = cell.testbed
+        words = (testbed.max_nodes, testbed.partition, testbed.time_limit, testbed.sbatch)
+        return cell.world_size // cell.ranks_per_node, cell.ranks_per_node, str(words)
 
     first = 1
-    for (nodes, ranks_per_node), group in groupby(sorted(cohorts, key=shape), key=shape):
+    for (nodes, ranks_per_node, _), group in groupby(sorted(cohorts, key=request), key=request):
         members = list(group)
         testbed = members[0].cells[0].testbed
         last = first + len(members) - 1
@@ -77,9 +80,9 @@ def _arrays(cohorts: Sequence[Cohort], folder: Path) -> Iterator[tuple[slurm.Job
         first = last + 1
 
 
-def submit(cohorts: Sequence[Cohort], out: Path, resumable: bool) -> list[Task]:
-    """Writes tasks and scripts and submits the arrays; with `testbed.max_nodes` one after the other, for
-    the limit holds for all of them together."""
+def submit(cohorts: Sequence[Cohort], out: Path, resumable: bool, queued: Collection[str] = ()) -> list[Task]:
+    """Writes tasks and scripts and submits the arrays; with `testbed.max_nodes` one after the other, and
+    after the `queued` jobs, for the limit holds for all of them together."""
     folder = _new_folder(out)
     tasks: list[Task] = []
     jobs: dict[str, list[int]] = {}
@@ -91,16 +94,16 @@ def submit(cohorts: Sequence[Cohort], out: Path, resumable: bool) -> list[Task]:
                 write_task(file, cohort)
             script = folder / f"job-{array.first}.sh"
             script.write_text(array.script())
-            before = list(jobs)[-1] if jobs and array.at_once is not None else None
-            job = slurm.submit(script, after=before)
+            before = list(jobs)[-1:] or sorted(queued)
+            job = slurm.submit(script, after=before if array.at_once is not None else [])
             jobs[job] = numbers
+            if resumable:
+                (folder / OPEN).write_text(json.dumps(jobs))
             tasks += [Task(file, job, cohort) for file, cohort in zip(files, members, strict=True)]
     except BaseException:
         slurm.cancel(jobs)
         shutil.rmtree(folder)
         raise
-    if resumable:
-        (folder / OPEN).write_text(json.dumps(jobs))
     return tasks
 
 

@@ -92,7 +92,7 @@ def _run(cohorts: Sequence[Cohort], out: Path, observe: Callable[[Progress], Non
     todo = unfinished(cohorts, finished | underway)
     outcome.skipped = cells(unfinished(cohorts, underway)) - cells(todo) - len(outcome.finished)
     clock = Clock(cells(todo) + sum(len(task.cohort.cells) for task in tasks), observe)
-    tasks += submit(todo, out, resumable=True) if todo else []
+    tasks += submit(todo, out, True, {task.job for task in tasks}) if todo else []
     _follow(tasks, outcome, keep, clock)
     close_tasks(out)
     return outcome
@@ -120,7 +120,9 @@ def _still_queued(tasks: Sequence[Task]) -> list[Task]:
     if not tasks:
         return []
     known = slurm.states({task.job for task in tasks})
-    return [task for task in tasks if (s := known.get((task.job, task.number))) is not None and not s.ended]
+    found = [(task, known.get((task.job, task.number))) for task in tasks]
+    # One that is being cleaned up after (its cancellation, say) will not begin anything any more.
+    return [task for task, state in found if state and not state.ended and state.name != "COMPLETING"]
 
 
 def _follow(tasks: list[Task], outcome: Outcome, keep: Keep, clock: Clock) -> None:
@@ -144,7 +146,7 @@ def _follow(tasks: list[Task], outcome: Outcome, keep: Keep, clock: Clock) -> No
         if signal.SIGHUP not in stop.args:  # a terminal that goes away is no wish to end the jobs
             slurm.cancel({task.job for task in tasks})
         for task in tasks:
-            keep((read_result(task.file) or Result()).records)
+            keep(_finished_by(task))
         raise
 
 
@@ -168,10 +170,18 @@ def _settled(
         task.ended = task.ended or time.monotonic()
         if time.monotonic() < task.ended + GRACE_S and not (state and state.name == "CANCELLED"):
             return False
-        error = _lost(task, state)
-        outcome.failures += [Failure(cell, error) for cell in task.cohort.cells]
+        error, finished = _lost(task, state), _finished_by(task)
+        keep(finished)
+        (missing,) = unfinished([task.cohort], {identity(record) for record in finished}) or [None]
+        outcome.failures += [Failure(cell, error) for cell in missing.cells] if missing else []
     clock.finished(len(task.cohort.cells), task.cohort.title())
     return True
+
+
+def _finished_by(task: Task) -> list[AnyRecord]:
+    """What the task has recorded, whether it came to its end or not."""
+    result = read_result(task.file)
+    return result.records if result is not None else read(task.file.with_suffix("") / RECORDS)
 
 
 def _lost(task: Task, state: slurm.State | None) -> RankError:

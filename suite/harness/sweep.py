@@ -99,6 +99,8 @@ def read_sweep(path: Path, overrides: Mapping[str, Any] | None = None) -> list[C
     cohorts: list[Cohort] = []
     for stage in content["stages"]:
         cohorts += _stage_cohorts(path, stage, overrides or {})
+    if not cohorts:
+        raise UsageError(f"{path} has nothing to run: no stages, or a grid without values")
     return cohorts
 
 

@@ -78,8 +78,12 @@ def write_timeline(path: Path, timeline: Timeline, about: dict[str, Any]) -> Non
     """As one file that is complete or not there; `about` says which run it belongs to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(chrome_trace(timeline, about), separators=(",", ":")))
-    aside.rename(path)
+    try:
+        aside.write_text(json.dumps(chrome_trace(timeline, about), separators=(",", ":")))
+        aside.rename(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def chrome_trace(timeline: Timeline, about: dict[str, Any] | None = None) -> dict[str, Any]:

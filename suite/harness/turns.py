@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from suite.config import Config
 from suite.harness.launch import Place, testbed_of
@@ -12,7 +13,7 @@ from suite.harness.measure import Failure, Say, measure
 from suite.records import Record, Spread
 
 ROUNDS = 2
-ALONE_NOTE = f"started alone, in {ROUNDS} rounds, not step by step in turns with the others of its cohort"
+ALONE_NOTE = "started alone, in rounds, not step by step in turns with the others of its cohort"
 
 
 def measure_alone(
@@ -46,6 +47,10 @@ def _deal(steps: int) -> list[int]:
     return [steps // rounds + (number < steps % rounds) for number in range(rounds)]
 
 
+def _noisiness(noise: dict[str, Any]) -> tuple[bool, float]:
+    return noise["noisy"], noise["others"] + noise["steal"]
+
+
 def _joined(config: Config, rounds: Sequence[Record], cohort: str) -> Record:
     """One record from a member's rounds: all its times, the noisiest round's noise, the last round's rest."""
     times = [seconds for record in rounds for seconds in record.step_times_s]
@@ -59,8 +64,10 @@ def _joined(config: Config, rounds: Sequence[Record], cohort: str) -> Record:
         samples_per_s=last.samples_per_s * faster,
         model_tflops_per_gpu=last.model_tflops_per_gpu * faster,
         hardware_tflops_per_gpu=last.hardware_tflops_per_gpu * faster,
+        mfu=None if last.mfu is None else last.mfu * faster,
+        hfu=None if last.hfu is None else last.hfu * faster,
         peak_memory_bytes=max(peaks, default=None),
-        noise=max((record.noise for record in rounds), key=lambda noise: noise["others"] + noise["steal"]),
+        noise=max((record.noise for record in rounds), key=_noisiness),
         notes=list(dict.fromkeys([ALONE_NOTE, *(note for record in rounds for note in record.notes)])),
         config=config.to_dict(),
         config_hash=config.hash(),

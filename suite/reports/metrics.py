@@ -20,13 +20,15 @@ _LOGGED_APART = ("config", "losses", "grad_norms", "step_times_s")
 
 def per_step(record: Record) -> list[dict[str, float]]:
     """A row per step; warm-up steps have a loss and a gradient norm but no time. What is no number (a
-    record holds None for it) is left out."""
-    warmup = len(record.losses) - len(record.step_times_s)
+    record holds None for it) is left out. The curves of a run that was started anew for every round are those
+    of the last one, to which the last of its times belong."""
+    timed = min(len(record.step_times_s), len(record.losses) - record.config["train"]["warmup"])
+    times, warmup = record.step_times_s[len(record.step_times_s) - timed :], len(record.losses) - timed
     rows = []
     for index, (loss, grad_norm) in enumerate(zip(record.losses, record.grad_norms, strict=True)):
         row: dict[str, float | None] = {STEP: index + 1, LOSS: loss, GRAD_NORM: grad_norm}
         if index >= warmup:
-            row |= _speed(record, record.step_times_s[index - warmup])
+            row |= _speed(record, times[index - warmup])
         rows.append({key: value for key, value in row.items() if value is not None})
     return rows
 

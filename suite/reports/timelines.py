@@ -110,6 +110,8 @@ def _read(file: Path) -> Timeline:
         content = json.loads(file.read_text())
         about, events = content["otherData"], content["traceEvents"]
         ranks = sorted({event["pid"] for event in events})
+        if not ranks:
+            raise ValueError("it holds no event")
         tracks = _tracks(events)
         return Timeline(
             file,
@@ -119,7 +121,7 @@ def _read(file: Path) -> Timeline:
             about["ranks_per_node"],
             tuple(tracks[rank] for rank in ranks),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{file} is not a timeline ({error}); delete it, or run its cell again") from error
 
 
@@ -136,7 +138,8 @@ def _tracks(events: Sequence[dict[str, Any]]) -> dict[int, RankTrack]:
         elif event["ph"] == "e":
             track.intervals.setdefault(event["cat"], []).append(Interval(begun.pop(event["id"]), at))
         elif event["ph"] == "C":
-            track.link.append((at, next(iter(event["args"].values()))))
+            (busy,) = event["args"].values()
+            track.link.append((at, busy))
     return tracks
 
 

@@ -50,7 +50,7 @@ def _log_run(record: Record, given: argparse.Namespace) -> None:
         job_type=record.impl,
         name=f"{record.impl} {record.workload} {record.precision}",
         # The same record gets the same id: logging it again cannot make a second run.
-        id="-".join(_identity(record)).translate(str.maketrans(":+.", "---")),
+        id="-".join(_identity(record)).translate(str.maketrans(":+./", "----")),
         tags=[record.testbed, record.evidence],
         config=record.config,
     )
@@ -116,7 +116,8 @@ def _start(given: argparse.Namespace, **about: Any) -> Any:
 
 
 def _identity(record: Record) -> tuple[str, str]:
-    return record.config_hash, record.started_at
+    """The same configuration may have been started in several cohorts within one second."""
+    return record.config_hash, record.cohort or record.started_at
 
 
 def _all_of(records: Sequence[AnyRecord]) -> tuple[str, str]:
@@ -129,13 +130,13 @@ def _logged(marker: Path) -> set[tuple[str, str]]:
     if not marker.exists():
         return set()
     items = (json.loads(line) for line in marker.read_text().splitlines() if line.endswith("}"))
-    return {(item["config_hash"], item["started_at"]) for item in items}
+    return {(item["config_hash"], item["cohort"]) for item in items}
 
 
 def _mark(marker: Path, identity: tuple[str, str]) -> None:
-    config_hash, started_at = identity
+    config_hash, cohort = identity
     with marker.open("a") as file:
-        file.write(json.dumps({"config_hash": config_hash, "started_at": started_at}) + "\n")
+        file.write(json.dumps({"config_hash": config_hash, "cohort": cohort}) + "\n")
 
 
 if __name__ == "__main__":

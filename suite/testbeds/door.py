@@ -56,10 +56,8 @@ class Door:
         """A stranger, or somebody who comes too late for an earlier purpose, is sent away."""
         with suppress(OSError, EOFError, ValueError):
             if connection.poll(PATIENCE_S):
-                shown = connection.recv_bytes(256).decode()
-                token, _, rest = shown.partition(" ")
-                number, _, what = rest.partition(" ")
-                if hmac.compare_digest(token, self.token) and what == purpose:
+                token, number, what = connection.recv_bytes(256).split(b" ", 2)
+                if hmac.compare_digest(token, self.token.encode()) and what == purpose.encode():
                     return int(number), connection
         connection.close()
         return None

@@ -100,9 +100,9 @@ class State:
         return self.name in _ENDED
 
 
-def submit(script: Path, after: str | None = None) -> str:
-    """The new job's id; `after`: the job that has to end first. Raises SuiteError with Slurm's words."""
-    dependency = [f"--dependency=afterany:{after}"] if after is not None else []
+def submit(script: Path, after: Sequence[str] = ()) -> str:
+    """The new job's id; `after`: the jobs that have to end first. Raises SuiteError with Slurm's words."""
+    dependency = [f"--dependency=afterany:{':'.join(after)}"] if after else []
     return _slurm("sbatch", "--parsable", *dependency, str(script)).strip().partition(";")[0]
 
 

@@ -34,7 +34,7 @@ from suite.workloads import flops
 from suite.workloads.models import block_params
 
 REAL_BYTES_PER_PARAMETER = 2
-BYTES_PER_PARAMETER = {"fp32": 4, "bf16": 2}
+BYTES_PER_PARAMETER = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 # The automatic dilation keeps the cores of this host busy for a share of the time only. A block is
 # moved three times per micro-step (two gathers, one reduction) to each rank, by one core at about this
