@@ -89,9 +89,11 @@ class Cohort:
         steps = {member.step_time_s.n for member in self.members}
         repeats = f"{min(steps)}" if len(steps) == 1 else f"{min(steps)} to {max(steps)}"
         attention = f" Attention: {run.attention}." if run.attention else ""
+        apart = (run.config.get("testbed") or {}).get("alone")
+        turns = ", started alone in rounds" if apart else " each, taken in turns"
         return (
             f"{run.evidence.capitalize()} on the {run.testbed} testbed: {ranks(run)} on {device(run)}; "
-            f"{repeats} timed steps{' each, taken in turns' if len(self.members) > 1 else ''}.{attention}"
+            f"{repeats} timed steps{turns if len(self.members) > 1 else ''}.{attention}"
         )
 
     def _only_floor(self) -> Record:
