@@ -172,8 +172,8 @@ def _settled(
             return False
         error, finished = _lost(task, state), _finished_by(task)
         keep(finished)
-        (missing,) = unfinished([task.cohort], {identity(record) for record in finished}) or [None]
-        outcome.failures += [Failure(cell, error) for cell in missing.cells] if missing else []
+        missing = unfinished([task.cohort], {identity(record) for record in finished})
+        outcome.failures += [Failure(cell, error) for cohort in missing for cell in cohort.cells]
     clock.finished(len(task.cohort.cells), task.cohort.title())
     return True
 
