@@ -165,9 +165,17 @@ class Saboteur:
     def kill_the_sweeper(self) -> None:
         self.restart(signal.SIGKILL)
 
-    def restart(self, number: int) -> None:
+    def end_sweeper(self, number: int) -> None:
         os.kill(self.process.pid, number)
-        self.process.wait(30)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.found.problems.append(f"the sweeper was still there 30 s after signal {number}")
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def restart(self, number: int) -> None:
+        self.end_sweeper(number)
         self.look()
         self.listen()
         self.process = self.start()
@@ -177,8 +185,7 @@ class Saboteur:
         self.restart_around(lambda file: file.write_bytes(file.read_bytes() + b'{"evidence": "mea'))
 
     def restart_around(self, change: Callable[[Path], object]) -> None:
-        os.kill(self.process.pid, signal.SIGKILL)
-        self.process.wait(30)
+        self.end_sweeper(signal.SIGKILL)
         file = self.results / "records.jsonl"
         if file.exists():
             change(file)
@@ -224,8 +231,7 @@ class Saboteur:
             self.found.faults[fault.__name__] = self.found.faults.get(fault.__name__, 0) + 1
             fault(self)
             self.listen()
-        os.kill(self.process.pid, signal.SIGINT)
-        self.process.wait(30)
+        self.end_sweeper(signal.SIGINT)
         self.listen()
         self.look()
         self.found.minutes = (time.monotonic() - begun) / 60
