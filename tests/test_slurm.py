@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import record_factory as factory
 import slurm_cluster
 
 from suite.cli import main
@@ -20,11 +22,11 @@ from suite.config import CONFIGS
 from suite.config_load import load
 from suite.errors import UsageError
 from suite.harness import slurm_sweep
-from suite.harness.slurm_jobs import scripts
-from suite.harness.sweep import Cohort, read_sweep
+from suite.harness.slurm_jobs import Task, scripts
+from suite.harness.sweep import Clock, Cohort, Outcome, read_sweep
 from suite.harness.task import read_task, write_task
-from suite.records import Record, read
-from suite.testbeds.slurm import JobArray
+from suite.records import AnyRecord, Record, append, read
+from suite.testbeds.slurm import JobArray, State
 
 TINY = ["workload.model.layers=1", "workload.model.hidden=64", "workload.data=synthetic"]
 ON_SLURM = ["testbed=slurm", "testbed.nodes=2", "testbed.ranks_per_node=1", *TINY]
@@ -122,6 +124,19 @@ def test_tasks_that_ask_slurm_for_different_things_are_different_arrays() -> Non
         ["--array=3-3", "--time=240"],
         ["--array=4-4"],
     ]
+
+
+def test_what_a_lost_task_had_finished_is_kept_and_only_the_rest_has_failed(tmp_path: Path) -> None:
+    ddp, zero3 = (load([f"impl={name}", *ON_SLURM]) for name in ("ddp", "zero3"))
+    task = Task(tmp_path / "1.json", "7", Cohort("checks", "check", [ddp, zero3]))
+    finished = replace(factory.check("ddp"), stage="checks", config=ddp.to_dict(), config_hash=ddp.hash())
+    append(tmp_path / "1" / "records.jsonl", finished)
+    kept: list[AnyRecord] = []
+    outcome, clock = Outcome(), Clock(2, lambda _: None)
+    cancelled = {("7", 1): State("CANCELLED", "")}
+    assert slurm_sweep._settled(task, cancelled, outcome, kept.extend, clock)
+    assert kept == [finished]
+    assert [failure.config.impl.name for failure in outcome.failures] == ["zero3"]
 
 
 @pytest.mark.parametrize(
