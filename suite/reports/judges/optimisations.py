@@ -150,20 +150,17 @@ OPTIMISATION_JUDGES = {
     "Z4": _judge("coalesced"),
     "Z5": _judge("preflattened"),
     "Z6": Judge(
-        f"Without contiguous_arenas the memory that a rank holds, its allocator's cache included, is over "
-        f"{MEMORY_MARGIN:.0%} higher, or the allocator flushes more often. "
-        f"Reproduced: "
-        "in every cohort; not reproduced: in none; partly: anything between. Runs without an accelerator "
-        "decide nothing: what the claim speaks of does not exist there.",
+        "Without contiguous_arenas the memory that a rank holds, its allocator's cache included, is over "
+        f"{MEMORY_MARGIN:.0%} higher, or the allocator flushes more often. Reproduced: in every cohort; not "
+        "reproduced: in none; partly: anything between. Runs without an accelerator decide nothing: what "
+        "the claim speaks of does not exist there.",
         _arenas,
     ),
     "Z7": _judge("one_kernel_norm"),
     "Z8": Judge(
         "Projected: reproduced when every ratio of after to before is within 10% of the published one; "
-        "partly "
-        f"when some are, or all are above 1. On other hardware at most partly: {ALL_OFF} is slower than "
-        f"{ENGINE} "
-        f"in some cohort; not reproduced: in none. {SLOWER_RULE}",
+        f"partly when some are, or all are above 1. On other hardware at most partly: {ALL_OFF} is slower "
+        f"than {ENGINE} in some cohort; not reproduced: in none. {SLOWER_RULE}",
         _all_together,
         speedups,
     ),

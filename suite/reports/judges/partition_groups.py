@@ -96,8 +96,7 @@ def _growth_text(name: str, runs: Sequence[Record]) -> str:
     volume = " → ".join(rounded(max(0.0, frequent_bytes(run)) / MIB) for run in (first, last))
     return (
         f"{name} from {first.nodes} to {last.nodes} nodes: {volume} MiB per node and step for gathers and "
-        f"hop 1, "
-        f"exposed communication {exposed}"
+        f"hop 1, exposed communication {exposed}"
     )
 
 
@@ -150,8 +149,7 @@ def _hierarchical_text(pair: Pair) -> str:
     partition, local = on.partition_size or on.world_size, on.ranks_per_node
     return (
         f"{on.impl}, p = {partition}, k = {local}: without hop 2 {rounded(frequent_bytes(off) / MIB)} MiB "
-        f"per "
-        f"node and step flat, {rounded(frequent_bytes(on) / MIB)} MiB hierarchical: × {_cut(pair):.3f}, "
+        f"per node and step flat, {rounded(frequent_bytes(on) / MIB)} MiB hierarchical: × {_cut(pair):.3f}, "
         f"predicted ({partition}−1)/({partition}−{local}) = {_predicted_cut(on):.3f}; " + pair.text("flat")
     )
 
@@ -192,13 +190,11 @@ def _predicted_saving(run: Record) -> float:
 
 PARTITION_JUDGES = {
     "M1": Judge(
-        f"Weak scaling from 2 nodes on. Counted bytes between nodes, less the hop 2 that every step needs "
-        f"once "
-        f"(2 (r−1)/r of the gradients), are those of gathers and hop 1. Reproduced: for {MICS} they stay "
-        f"the same within "
-        f"{BYTES_LIMIT:.0%} of the model's bytes and its exposed communication grows by at most "
-        f"{EXPOSED_LIMIT:.0%} of a "
-        f"step, while {ZERO3}'s bytes grow. Partly: only the bytes behave so. Not reproduced: otherwise.",
+        "Weak scaling from 2 nodes on. Counted bytes between nodes, less the hop 2 that every step needs "
+        f"once (2 (r−1)/r of the gradients), are those of gathers and hop 1. Reproduced: for {MICS} they "
+        f"stay the same within {BYTES_LIMIT:.0%} of the model's bytes and its exposed communication grows "
+        f"by at most {EXPOSED_LIMIT:.0%} of a step, while {ZERO3}'s bytes grow. Partly: only the bytes "
+        "behave so. Not reproduced: otherwise.",
         _growth,
     ),
     "M2": Judge(
@@ -210,10 +206,8 @@ PARTITION_JUDGES = {
     ),
     "M3": Judge(
         "The same training of several micro-steps with and without two_hop. Reproduced: in every pair the "
-        "bytes "
-        f"saved are within {BYTES_LIMIT:.0%} of one hop 2 per micro-step but the last, and the step is "
-        f"slower "
-        f"without. Not reproduced: no bytes are saved; partly: between. {SLOWER_RULE}",
+        f"bytes saved are within {BYTES_LIMIT:.0%} of one hop 2 per micro-step but the last, and the step "
+        f"is slower without. Not reproduced: no bytes are saved; partly: between. {SLOWER_RULE}",
         _two_hop,
     ),
 }

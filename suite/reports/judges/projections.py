@@ -125,8 +125,7 @@ headline = partial(_finding, HEADLINE, _speedup, Row.text)
 PROJECTION_JUDGES = {
     "M6": Judge(
         f"Projected: reproduced when both runs reach {PEAK_SHARE:.0%} of peak (hardware FLOPs). Partly: one "
-        f"of them "
-        f"is at least within {RELATIVE_LIMIT:.0%} of the published TFLOPS; not reproduced: none.",
+        f"of them is at least within {RELATIVE_LIMIT:.0%} of the published TFLOPS; not reproduced: none.",
         projected=partial(_finding, SHARES, _over_peak, _share_text),
     ),
 }

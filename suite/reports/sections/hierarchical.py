@@ -163,9 +163,8 @@ def _plot(cohort: Cohort, found: Sequence[Pair]) -> Plot:
     return make_plot(
         f"{cohort.key.lower()}-hierarchical",
         "Hierarchical against flat collectives",
-        f"{cohort.key}: {cohort.title}. {cohort.conditions} Left, bars: counted bytes, hatched "
-        "where flat; tick: "
-        "predicted. Right, marker: median, line: min to max; vertical tick: the bound.",
+        f"{cohort.key}: {cohort.title}. {cohort.conditions} Left, bars: counted bytes, hatched where flat; "
+        "tick: predicted. Right, marker: median, line: min to max; vertical tick: the bound.",
         "; ".join(f"{item.label} {1000 * item.run.step_time_s.median:.0f} ms" for item in rows),
         hierarchical_table(f"{cohort.key}: hierarchical and flat", found),
         draw,

@@ -50,8 +50,8 @@ LONG = 100
 _MARKERS = 12
 NOTE = (
     "Loss curves of the same training over many steps, on top of each other, and how far each is from "
-    "ddp's. Methods "
-    "that change no arithmetic differ by the order in which numbers are added, and by nothing else."
+    "ddp's. Methods that change no arithmetic differ by the order in which numbers are added, and by "
+    "nothing else."
 )
 
 

@@ -16,8 +16,7 @@ from suite.reports.tables import MIB, Cell, Table, number, rounded, whole, word
 
 NOTE = (
     "Peak memory of a rank above that of the bare process. The figure shows the training with the largest "
-    "model; "
-    "the same training in several cohorts is one bar, with the range over them."
+    "model; the same training in several cohorts is one bar, with the range over them."
 )
 
 

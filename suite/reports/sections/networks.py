@@ -39,8 +39,7 @@ from suite.reports.tables import (
 NOTE = (
     "The same training, several bandwidths per node, everything else equal; at each bandwidth the "
     "implementations took turns. Bandwidth is that of the cluster that is emulated. Latency is not "
-    "emulated, so "
-    "a fast network here is better than a real one of many nodes."
+    "emulated, so a fast network here is better than a real one of many nodes."
 )
 
 

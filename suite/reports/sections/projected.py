@@ -18,10 +18,8 @@ from suite.reports.tables import NOTHING, Cell, Table, number, rounded, whole, w
 
 NOTE = (
     "A model, not a measurement: it runs the engine's schedule on a modelled cluster. A number marked "
-    "fitted was used to set "
-    "the model's free parameters; only the others are predictions, and even these were in sight while the "
-    "model was built. "
-    "Every assumption is in the records."
+    "fitted was used to set the model's free parameters; only the others are predictions, and even these "
+    "were in sight while the model was built. Every assumption is in the records."
 )
 FITTED = "fitted"
 ELSEWHERE = "elsewhere"
@@ -204,8 +202,7 @@ def _scaling_plot(
         f"projected-scaling-{index}",
         "Projected weak scaling",
         f"Projected; {place}. Efficiency against the smallest cluster that holds the model; smaller ones "
-        f"are left out. "
-        "Dotted: ideal.",
+        "are left out. Dotted: ideal.",
         f"Projected efficiency: {largest}",
         scaling_table(family),
         draw,

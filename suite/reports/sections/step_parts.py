@@ -51,9 +51,8 @@ def step_parts_plot(cohort: Cohort) -> Plot:
     return make_plot(
         f"{cohort.key.lower()}-step-parts",
         "What a step is made of",
-        f"{cohort.key}: {cohort.title}. {cohort.conditions} Line: min to max of the step; the rest "
-        "is mostly the "
-        "optimizer.",
+        f"{cohort.key}: {cohort.title}. {cohort.conditions} Line: min to max of the step; the rest is "
+        "mostly the optimizer.",
         "Waiting for messages: " + "; ".join(f"{label} {parts[1]:.0f} ms" for label, _, parts in rows),
         _table(rows),
         draw,

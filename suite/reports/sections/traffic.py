@@ -17,10 +17,8 @@ from suite.reports.tables import MIB, Cell, Table, evidence_cell, number, whole,
 LIMIT = 0.01
 NOTE = (
     "Every run whose implementation says from its topology alone what a node has to send to others in a "
-    "step, beside what "
-    "was counted on the ranks' connections. Headers, acknowledgements and the few small messages of a step "
-    "are "
-    "counted and not predicted."
+    "step, beside what was counted on the ranks' connections. Headers, acknowledgements and the few small "
+    "messages of a step are counted and not predicted."
 )
 
 

@@ -163,9 +163,8 @@ def _plot(item: Accumulation) -> Plot:
     return make_plot(
         f"{item.key.lower()}-two-hops",
         "Two hops against a sum at every micro-step",
-        f"{run.evidence.capitalize()}; {item.key}: {item.title}. {run.step_time_s.n} timed steps "
-        "each, both in "
-        "turns. Bands: min to max.",
+        f"{run.evidence.capitalize()}; {item.key}: {item.title}. {run.step_time_s.n} timed steps each, both "
+        "in turns. Bands: min to max.",
         f"Step time without two hops over that with them, by micro-steps: {ends}",
         two_hops_table(item),
         draw,
