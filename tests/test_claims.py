@@ -3,22 +3,23 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import record_factory as factory
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from suite.harness.sweep import read_sweep
-from suite.records import Spread
+from suite.records import Record, Spread
 from suite.reports.claims import JUDGES, Verdict, judge, write_claims, write_sweeps
 from suite.reports.cohorts import Ratio, group_cohorts
 from suite.reports.judges.convergence import LOSS_TOLERANCE
 from suite.reports.published import CLAIMS, NUMBERS, SOURCES
 from suite.reports.repeat import sweep_of
 from suite.reports.sections.runs import run_names
-from suite.reports.verdicts import NOT_TESTABLE
+from suite.reports.verdicts import NOT_TESTABLE, VERDICTS
 
 
 def verdict_on(claim: str, records: list) -> Verdict:
@@ -97,6 +98,42 @@ def test_a_loss_that_never_moved_proves_nothing():
         replace(run, losses=[7.7] * len(run.losses)) for run in factory.cohort(["ddp", "zero3", "mics"])
     ]
     assert verdict_on("M8", records).verdict == NOT_TESTABLE
+
+
+STAGES = [
+    factory.everything(),
+    factory.weak_scaling(),
+    factory.mics_ablation(),
+    factory.two_hops(),
+    factory.network_sweep(),
+]
+CHANGES: list[dict[str, Any]] = [
+    {},
+    {"exposed_comm_s": None},
+    {"inter_node_bytes_per_node": None},
+    {"inter_node_bytes_per_node": 0},
+    {"partition_size": None},
+    {"partition_size": 4},
+    {"world_size": 2, "nodes": 1},
+    {"world_size": 4, "nodes": 2},
+    {"micro_steps": 1},
+    {"precision": "bf16"},
+    {"step_times_s": [0.2], "step_time_s": Spread.of([0.2])},
+    {"losses": [], "grad_norms": []},
+    {"peak_memory_bytes": None},
+    {"details": {}},
+    {"noise": {"noisy": True}},
+]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(STAGES), st.sampled_from(CHANGES), st.integers(0, 30), st.sampled_from(CHANGES))
+def test_no_strange_results_are_too_much_for_a_judge(stage: list, all_of: dict, number: int, one_of: dict):
+    records = [replace(run, **all_of) if isinstance(run, Record) else run for run in stage]
+    odd = number % len(records)
+    if isinstance(records[odd], Record):
+        records[odd] = replace(records[odd], **one_of)
+    assert all(verdict.verdict in VERDICTS for verdict in judge(records))
 
 
 def test_kinds_of_evidence_are_judged_apart():

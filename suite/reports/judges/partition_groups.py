@@ -23,7 +23,7 @@ def hop2_bytes(run: Record) -> float:
     """Per node, for summing gradients once over the replicas: an all-reduce in a ring among the nodes
     that hold the same shards, in fp32."""
     partition = run.partition_size or run.world_size
-    replicas = run.world_size // partition
+    replicas = max(1, run.world_size // partition)
     per_node = FP32 * run.n_params * run.ranks_per_node / partition
     return 2 * (replicas - 1) / replicas * per_node
 
@@ -106,7 +106,8 @@ def _hierarchical(runs: Sequence[Record]) -> Finding | None:
         pair
         for impl in (MICS, ZERO3)
         for pair in pairs(runs, as_it_is(impl), _only(impl, hierarchical=False))
-        if _spans_nodes(pair.on) and pair.on.partition_size == pair.off.partition_size and _counted(pair)
+        if _spans_nodes(pair.on) and pair.on.partition_size == pair.off.partition_size
+        if _counted(pair) and frequent_bytes(pair.on) > 0
     ]
     if not found:
         return None
