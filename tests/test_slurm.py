@@ -259,15 +259,9 @@ stages:
 def test_a_sweep_that_lost_a_node_goes_on_with_what_is_missing(
     cluster: slurm_cluster.Cluster, tmp_path: Path
 ) -> None:
-    (tmp_path / "sweep.yaml").write_text(SWEEP)
-    words = ("sweep", "sweep.yaml", "--out", "out")
-    running = suite(*words, cluster=cluster, folder=tmp_path)
     records = tmp_path / "out" / "records.jsonl"
+    running = sweep_until_a_node_is_lost(cluster, tmp_path)
     try:
-        until(lambda: len(read(records)) == 2, 100)  # the first cohort
-        until(lambda: "timing step" in log_of(tmp_path, 2), 60)
-        cluster.lose_node("node2")
-        until(lambda: "PENDING" in cluster.client("squeue", "-h", "-r", "-o", "%T"), 30)
         running.send_signal(signal.SIGINT)  # its user gives up; a node has to be repaired
         status, _, err = finish(running)
     finally:
@@ -277,11 +271,46 @@ def test_a_sweep_that_lost_a_node_goes_on_with_what_is_missing(
     assert status == 130 and "interrupted" in err
     assert cluster.client("squeue", "-h") == ""  # the job was cancelled with it
     kept = records.read_bytes()
-    status, _, err = finish(suite(*words, cluster=cluster, folder=tmp_path), timeout=180)
+    status, _, err = finish(suite(*SWEEPING, cluster=cluster, folder=tmp_path), timeout=180)
     assert status == 0 and "2 cells run, 2 were finished before, 0 failed" in err, err
     assert records.read_bytes().startswith(kept)
     found = [(item.impl, item.config["train"]["steps"]) for item in read(records) if isinstance(item, Record)]
     assert sorted(found) == [("ddp", 2), ("ddp", 20), ("floor", 2), ("floor", 20)]
+
+
+@needs_slurm
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_task_whose_node_comes_back_is_started_again_and_collected(
+    cluster: slurm_cluster.Cluster, tmp_path: Path
+) -> None:
+    running = sweep_until_a_node_is_lost(cluster, tmp_path)
+    try:
+        cluster.start_node("node2")
+        status, _, err = finish(running, timeout=400)  # Slurm lets a requeued job wait for two minutes
+    finally:
+        running.kill()
+        cluster.wait_for("idle", "idle")
+    assert status == 0 and "4 cells run, 0 were finished before, 0 failed" in err, err
+    assert log_of(tmp_path, 2).count("starting floor") == 2
+
+
+SWEEPING = ("sweep", "sweep.yaml", "--out", "out")
+
+
+def sweep_until_a_node_is_lost(cluster: slurm_cluster.Cluster, folder: Path) -> subprocess.Popen[str]:
+    """A sweep whose first task is through, and whose second one Slurm has put back into the queue."""
+    (folder / "sweep.yaml").write_text(SWEEP)
+    running = suite(*SWEEPING, cluster=cluster, folder=folder)
+    try:
+        until(lambda: len(read(folder / "out" / "records.jsonl")) == 2, 100)
+        until(lambda: "timing step" in log_of(folder, 2), 60)
+        cluster.lose_node("node2")
+        until(lambda: "PENDING" in cluster.client("squeue", "-h", "-r", "-o", "%T"), 30)
+    except BaseException:
+        running.kill()
+        raise
+    return running
 
 
 def until(condition, timeout_s: float) -> None:
