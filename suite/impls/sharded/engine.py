@@ -215,6 +215,7 @@ class Engine:
         are still gathered, for a forward that had no backward, are of the past."""
         for unit in self.units:
             self._release(unit)
+        self._two_hop.settle()
         self.finish_refresh()  # of the step before, when no forward came between
         self._arenas.refresh_compute()
         if self._parts > 1:
@@ -234,6 +235,7 @@ class Engine:
 
     def full_unit(self, unit: Unit) -> Iterator[tuple[str, Tensor]]:
         """The same of one unit; collective."""
+        self._two_hop.settle()
         for bucket in unit.buckets:
             yield from self._whole(bucket, bucket.master)
 
