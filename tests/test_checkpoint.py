@@ -10,11 +10,12 @@ import resource
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from engine_scenarios import Stack, Tied, batch_of, compare, groups, one_forward
+from engine_scenarios import Stack, Tied, Unused, batch_of, compare, groups, one_forward
 from torch import nn
 
 from suite.errors import RankError, UsageError
@@ -26,13 +27,33 @@ from suite.testbeds.testbed import RankContext
 GLOBAL = 12
 """Batches per step, dealt out to however many ranks there are."""
 
+Triple = tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]
 
-def make(
-    kind: type[nn.Module] = Tied,
-) -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+
+class Dimensionless(Stack):
+    """The last parameter of the optimizer is a single number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.last.scale
+
+
+def make(kind: type[nn.Module] = Tied) -> Triple:
     torch.manual_seed(7)
     model = kind()
     optimizer = torch.optim.AdamW(groups(model), lr=1e-2, weight_decay=0.1)
+    return model, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+
+
+def make_unlike(kind: type[torch.optim.Optimizer], number: int, **settings: object) -> Triple:
+    """Of whose two parameter groups only one has these settings, and so some states."""
+    model, _, _ = make()
+    parts = groups(model)
+    parts[number] |= settings
+    optimizer = kind(parts, lr=1e-2)  # type: ignore[call-arg]
     return model, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
 
 
@@ -53,8 +74,14 @@ class Program:
     def __init__(self, context: RankContext) -> None:
         self._rank, self._size = context.rank, context.world_size
 
-    def start(self, partition_size: int, options: EngineOptions, precision: str = "fp32") -> None:
-        self._model, self._optimizer, self._scheduler = make()
+    def start(
+        self,
+        partition_size: int,
+        options: EngineOptions,
+        precision: str = "fp32",
+        build: Callable[[], Triple] = make,
+    ) -> None:
+        self._model, self._optimizer, self._scheduler = build()
         self._engine: Engine = shard(
             self._model,
             self._optimizer,
@@ -115,17 +142,24 @@ class Program:
             self._saving.wait()
 
 
-def saved_in(folder: Path, world: int, partition_size: int, options: EngineOptions, steps: int = 3) -> None:
+def saved_in(
+    folder: Path,
+    world: int,
+    partition_size: int,
+    options: EngineOptions,
+    steps: int = 3,
+    build: Callable[[], Triple] = make,
+) -> None:
     with LocalTestbed(world, world).launch(Program, 60) as ranks:
-        ranks.call("start", partition_size, options, timeout_s=30)
+        ranks.call("start", partition_size, options, "fp32", build, timeout_s=30)
         ranks.call("train", 0, steps, timeout_s=30)
         ranks.call("save", folder, steps, timeout_s=30)
         ranks.call("train", steps, 1, timeout_s=30)  # goes on while it is being written
         ranks.call("wait", timeout_s=30)
 
 
-def expected(steps: int) -> dict[str, torch.Tensor]:
-    model, optimizer, scheduler = make()
+def expected(steps: int, build: Callable[[], Triple] = make) -> dict[str, torch.Tensor]:
+    model, optimizer, scheduler = build()
     train_plain(model, optimizer, scheduler, 0, steps)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
@@ -171,6 +205,47 @@ def test_plain_torch_and_the_engine_continue_each_other(tmp_path: Path) -> None:
     assert checkpoint.load_plain(tmp_path / "sharded", model, optimizer, scheduler) == 4
     train_plain(model, optimizer, scheduler, 4, 2)
     assert compare({name: p.detach() for name, p in model.named_parameters()}, expected(6)) < 2e-6
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "setting"), [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {"amsgrad": True})]
+)
+def test_states_that_only_one_parameter_group_has_are_continued(
+    tmp_path: Path, kind: type[torch.optim.Optimizer], setting: dict[str, object], number: int
+) -> None:
+    """Some ranks own nothing of that group, and some nothing of the other."""
+    build = partial(make_unlike, kind, number, **setting)
+    saved_in(tmp_path / "a", 4, 2, WORLD_SHARDED, build=build)
+    with LocalTestbed(3, 3).launch(Program, 60) as ranks:
+        ranks.call("start", 3, EngineOptions(), "fp32", build, timeout_s=30)
+        assert ranks.call("load", tmp_path / "a", timeout_s=30) == [3] * 3
+        ranks.call("train", 3, 3, timeout_s=30)
+        assert compare(ranks.call("parameters", timeout_s=30)[0], expected(6, build)) < 2e-6
+    model, optimizer, scheduler = build()
+    assert checkpoint.load_plain(tmp_path / "a", model, optimizer, scheduler) == 3
+    train_plain(model, optimizer, scheduler, 3, 3)
+    assert compare({name: p.detach() for name, p in model.named_parameters()}, expected(6, build)) < 2e-6
+
+
+@pytest.mark.parametrize("kind", [Unused, Dimensionless])
+def test_parameters_without_states_or_dimensions_are_continued(tmp_path: Path, kind: type[nn.Module]) -> None:
+    build = partial(make, kind)
+    model, optimizer, scheduler = build()
+    train_plain(model, optimizer, scheduler, 0, 3)
+    checkpoint.save_plain(tmp_path / "a", model, optimizer, 3, scheduler)
+    model, optimizer, scheduler = build()
+    assert checkpoint.load_plain(tmp_path / "a", model, optimizer, scheduler) == 3
+    train_plain(model, optimizer, scheduler, 3, 3)
+    assert compare({name: p.detach() for name, p in model.named_parameters()}, expected(6, build)) < 2e-6
+    with LocalTestbed(3, 3).launch(Program, 60) as ranks:
+        ranks.call("start", 3, EngineOptions(), "fp32", build, timeout_s=30)
+        assert ranks.call("load", tmp_path / "a", timeout_s=30) == [3] * 3
+        assert compare(ranks.call("parameters", timeout_s=30)[0], expected(3, build)) == 0
+        ranks.call("train", 3, 3, timeout_s=30)
+        ours, theirs = ranks.call("parameters", timeout_s=30)[0], expected(6, build)
+        never = [name for name in ours if "spare" in name or "blocks.3" in name]  # decay in the engine alone
+        assert compare(ours | {name: theirs[name] for name in never}, theirs) < 2e-6
 
 
 def test_random_state_and_loss_scale_are_continued(tmp_path: Path) -> None:
@@ -264,6 +339,7 @@ def changed(**values: object) -> Callable[[Path], None]:
         changed(groups=[{"params": []}, {}]),
         changed(groups=[{"lr": "fast"}, {}]),
         changed(states={"exp_avg": "yes"}),
+        changed(states={}),
         changed(position="three"),
         changed(files={"../../elsewhere": [1, 2]}),
         changed(files={"a": []}),

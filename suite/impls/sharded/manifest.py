@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,8 +32,9 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Training:
     """`position` counts what was consumed of the data; `ranks` and `device` say whose random states there
-    are. `states`: the optimizer's, by name, and whether each is a scalar; `groups`: its groups' settings.
-    `files`: size in bytes and CRC-32 of every other file of the checkpoint."""
+    are. `states`: the optimizer's, by name, and whether each is a scalar; `stateful`: which of them a
+    parameter has (None: all); `groups`: the settings of the optimizer's groups. `files`: size in bytes and
+    CRC-32 of every other file of the checkpoint."""
 
     position: int
     ranks: int
@@ -43,7 +44,29 @@ class Training:
     scheduler: dict[str, Any] | None
     loss_scale: dict[str, Any] | None = None
     files: dict[str, list[int]] = field(default_factory=dict)
+    stateful: dict[str, list[str]] | None = None
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        for parameter, keys in (self.stateful or {}).items():
+            if unknown := set(keys) - self.states.keys():
+                raise ValueError(f"{parameter} has an unknown state {min(unknown)!r}")
+
+    def states_of(self, parameter: str) -> dict[str, bool]:
+        """The names of its states, and whether each is a scalar."""
+        keys = self.states if self.stateful is None else self.stateful.get(parameter, ())
+        return {key: self.states[key] for key in keys}
+
+
+def merged(trainings: Sequence[Training]) -> Training:
+    """All ranks' as one: each knows only the states of what it owns."""
+    states: dict[str, bool] = {}
+    stateful: dict[str, list[str]] = {}
+    for training in trainings:
+        stateful |= training.stateful or {}
+        for key, is_scalar in training.states.items():
+            states[key] = is_scalar or states.get(key, False)
+    return replace(trainings[0], states=states, stateful=stateful)
 
 
 def write_training(folder: Path, training: Training) -> None:
