@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_scenarios import Stack, Tied, Unused, batch_of, compare, groups, one_forward
+from engine_scenarios import WIDTH, Stack, Tied, Unused, batch_of, compare, groups, one_forward
 from torch import nn
 
 from suite.errors import RankError, UsageError
@@ -39,6 +39,21 @@ class Dimensionless(Stack):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) * self.last.scale
+
+
+class Normalized(Stack):
+    """With statistics that are not trained: two that are kept and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.register_buffer("passing", torch.zeros(3), persistent=False)
+        self.register_buffer("bent", torch.zeros(4, 2).t())
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        self.passing += 1
+        self.bent[0] += x.mean().item()
+        return super().body(self.norm(x))
 
 
 def make(kind: type[nn.Module] = Tied) -> Triple:
@@ -110,6 +125,9 @@ class Program:
 
     def parameters(self) -> dict[str, torch.Tensor]:
         return dict(self._engine.full_parameters())
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        return {name: buffer.clone() for name, buffer in self._model.named_buffers()}
 
     def loss_scale(self) -> float:
         assert self._engine.loss_scale is not None
@@ -246,6 +264,44 @@ def test_parameters_without_states_or_dimensions_are_continued(tmp_path: Path, k
         ours, theirs = ranks.call("parameters", timeout_s=30)[0], expected(6, build)
         never = [name for name in ours if "spare" in name or "blocks.3" in name]  # decay in the engine alone
         assert compare(ours | {name: theirs[name] for name in never}, theirs) < 2e-6
+
+
+def test_buffers_are_continued(tmp_path: Path) -> None:
+    build = partial(make, Normalized)
+    with LocalTestbed(3, 3).launch(Program, 60) as ranks:
+        ranks.call("start", 3, EngineOptions(), "fp32", build, timeout_s=30)
+        ranks.call("train", 0, 2, timeout_s=30)
+        before = ranks.call("buffers", timeout_s=30)[0]
+        ranks.call("save", tmp_path / "sharded", 2, timeout_s=30)
+        ranks.call("train", 2, 1, timeout_s=30)
+        ranks.call("wait", timeout_s=30)
+    model, optimizer, scheduler = build()
+    checkpoint.load_plain(tmp_path / "sharded", model, optimizer, scheduler)
+    kept_ones = before.keys() - {"passing"}
+    assert {"norm.running_mean", "norm.num_batches_tracked", "bent"} <= kept_ones
+    assert all(torch.equal(model.get_buffer(name), before[name]) for name in kept_ones)
+    assert not torch.equal(model.get_buffer("passing"), before["passing"])
+    checkpoint.save_plain(tmp_path / "plain", model, optimizer, 2, scheduler)
+    with LocalTestbed(2, 2).launch(Program, 60) as ranks:
+        ranks.call("start", 2, EngineOptions(), "fp32", build, timeout_s=30)
+        ranks.call("load", tmp_path / "plain", timeout_s=30)
+        for buffers in ranks.call("buffers", timeout_s=30):
+            assert all(torch.equal(buffers[name], before[name]) for name in kept_ones)
+
+
+def test_a_checkpoint_from_before_buffers_were_kept_is_read(tmp_path: Path) -> None:
+    """Nor did it say which parameter has which of the optimizer's states: all had all of them."""
+    model, optimizer, scheduler = make(Normalized)
+    train_plain(model, optimizer, scheduler, 0, 1)
+    checkpoint.save_plain(tmp_path / "a", model, optimizer, 1, scheduler)
+    training = json.loads((tmp_path / "a" / manifest.TRAINING).read_text())
+    del training["buffers"], training["stateful"]
+    (tmp_path / "a" / manifest.TRAINING).write_text(json.dumps(training))
+    again, other, its_scheduler = make(Normalized)
+    assert checkpoint.load_plain(tmp_path / "a", again, other, its_scheduler) == 1
+    assert compare(dict(again.named_parameters()), dict(model.named_parameters())) == 0
+    assert len(other.state) == len(optimizer.state)
+    assert not again.get_buffer("norm.running_mean").any()
 
 
 def test_random_state_and_loss_scale_are_continued(tmp_path: Path) -> None:

@@ -2,9 +2,9 @@
 
 A checkpoint is a folder of safetensors files, written by `torch.distributed.checkpoint`: of every
 parameter, under the model's own name and flattened, its fp32 master and its optimizer states, each
-rank writing the range that it owns; and `training.json` with all that is not a tensor. Nothing in it
-is pickled. It is written beside its final name and renamed when it is complete on all ranks; a save that
-fails leaves nothing.
+rank writing the range that it owns; the persistent buffers as rank 0 has them; and `training.json` with
+all that is not a tensor. Nothing in it is pickled. It is written beside its final name and renamed when it
+is complete on all ranks; a save that fails leaves nothing.
 """
 
 from __future__ import annotations
@@ -43,10 +43,12 @@ from suite.impls.sharded.part_files import read_tensors, write_tensors
 from suite.impls.sharded.parts import (
     Owned,
     Part,
+    buffers_of,
     make_states,
     owned_by,
     owned_by_plain,
     random_states,
+    set_buffers,
     states_of,
     tensors_of,
 )
@@ -104,6 +106,8 @@ class Checkpointer:
         )
         tensors = tensors_of(owned, engine.optimizer, training.states_of)
         tensors |= random_states(dist.get_rank(), engine.device)
+        if dist.get_rank() == 0:
+            tensors |= buffers_of(engine.model)
         copies = {name: replace(part, values=_copy(part.values)) for name, part in tensors.items()}
         place = (self._group, dist.get_rank(), dist.get_world_size())
         return Saving(self._thread.submit(_write, folder, copies, training, *place))
@@ -124,7 +128,8 @@ def save_plain(
     _require_free(folder)
     owned = list(owned_by_plain(model, optimizer))
     training = _training(owned, optimizer, position, scheduler)
-    _write(folder, tensors_of(owned, optimizer, training.states_of), training, None, 0, 1)
+    tensors = tensors_of(owned, optimizer, training.states_of) | buffers_of(model)
+    _write(folder, tensors, training, None, 0, 1)
 
 
 def _write(
@@ -195,7 +200,9 @@ def load(folder: Path, engine: Engine, scheduler: Stateful | None = None) -> int
     tensors = _to_be_filled(owned, engine.optimizer, training)
     here = dist.get_rank() < training.ranks and training.device == engine.device.type
     random = random_states(dist.get_rank(), engine.device) if here else {}
-    read_tensors(folder, tensors | random, dist.group.WORLD)
+    buffers = buffers_of(engine.model) if training.buffers else {}
+    read_tensors(folder, tensors | random | buffers, dist.group.WORLD)
+    set_buffers(engine.model, buffers)
     for name, part in random.items():
         device_type = name.split("/")[1]
         module = torch if device_type == "cpu" else torch.get_device_module(device_type)
@@ -217,7 +224,10 @@ def load_plain(
     """The same into plain, unsharded training in one process."""
     training = read_whole(folder, None)
     owned = list(owned_by_plain(model, optimizer))
-    read_tensors(folder, _to_be_filled(owned, optimizer, training), None)
+    tensors = _to_be_filled(owned, optimizer, training)
+    buffers = buffers_of(model) if training.buffers else {}
+    read_tensors(folder, tensors | buffers, None)
+    set_buffers(model, buffers)
     _set_training(folder, training, optimizer, scheduler)
     return training.position
 
@@ -246,6 +256,7 @@ def _training(
         device=None,
         states=states,
         stateful=stateful,
+        buffers=True,
         groups=[{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
         scheduler=None if scheduler is None else scheduler.state_dict(),
     )

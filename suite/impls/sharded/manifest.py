@@ -33,8 +33,8 @@ T = TypeVar("T")
 class Training:
     """`position` counts what was consumed of the data; `ranks` and `device` say whose random states there
     are. `states`: the optimizer's, by name, and whether each is a scalar; `stateful`: which of them a
-    parameter has (None: all); `groups`: the settings of the optimizer's groups. `files`: size in bytes and
-    CRC-32 of every other file of the checkpoint."""
+    parameter has (None: all); `groups`: the settings of the optimizer's groups; `buffers`: whether there are
+    the model's. `files`: size in bytes and CRC-32 of every other file of the checkpoint."""
 
     position: int
     ranks: int
@@ -45,6 +45,7 @@ class Training:
     loss_scale: dict[str, Any] | None = None
     files: dict[str, list[int]] = field(default_factory=dict)
     stateful: dict[str, list[str]] | None = None
+    buffers: bool = False
     format: int = FORMAT
 
     def __post_init__(self) -> None:

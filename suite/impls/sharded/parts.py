@@ -106,6 +106,30 @@ def tensors_of(owned: Sequence[Owned], optimizer: torch.optim.Optimizer, kinds_o
     return tensors
 
 
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What belongs to a model's weights without being trained (BatchNorm's statistics, say), by name."""
+    return {name: buffer for name, buffer in model.named_buffers() if not _passing(model, name)}
+
+
+def _passing(model: nn.Module, name: str) -> bool:
+    """Whether a buffer was registered as not persistent."""
+    owner, _, own_name = name.rpartition(".")
+    return own_name in model.get_submodule(owner)._non_persistent_buffers_set
+
+
+def buffers_of(model: nn.Module) -> dict[str, Part]:
+    """Its persistent buffers, flattened: views where they are contiguous."""
+    flat = {name: buffer.detach().flatten() for name, buffer in persistent_buffers(model).items()}
+    return {f"buffers/{name}": Part(len(values), 0, values) for name, values in flat.items() if len(values)}
+
+
+def set_buffers(model: nn.Module, parts: Mapping[str, Part]) -> None:
+    """From what `buffers_of` gave, filled; others stay as they are."""
+    for name, buffer in persistent_buffers(model).items():
+        if f"buffers/{name}" in parts:
+            buffer.detach().copy_(parts[f"buffers/{name}"].values.view(buffer.shape))
+
+
 def random_states(rank: int, device: torch.device) -> dict[str, Part]:
     states = {f"random/cpu/{rank}": torch.get_rng_state()}
     if device.type != "cpu":
