@@ -9,9 +9,11 @@ import random
 import resource
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -302,6 +304,59 @@ def test_a_checkpoint_from_before_buffers_were_kept_is_read(tmp_path: Path) -> N
     assert compare(dict(again.named_parameters()), dict(model.named_parameters())) == 0
     assert len(other.state) == len(optimizer.state)
     assert not again.get_buffer("norm.running_mean").any()
+
+
+def test_milestones_are_continued(tmp_path: Path) -> None:
+    """A mapping from steps, whose numbers JSON would make text."""
+
+    def build() -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4])
+
+    def rates(steps: int) -> list[float]:
+        found = []
+        for _ in range(steps):
+            optimizer.step()
+            scheduler.step()
+            found += scheduler.get_last_lr()
+        return found
+
+    model = Stack()
+    optimizer, scheduler = build()
+    undisturbed = rates(5)
+    optimizer, scheduler = build()
+    assert rates(1) == undisturbed[:1]
+    checkpoint.save_plain(tmp_path / "a", model, optimizer, 1, scheduler)
+    optimizer, scheduler = build()
+    checkpoint.load_plain(tmp_path / "a", model, optimizer, scheduler)
+    assert rates(4) == undisturbed[1:] == pytest.approx([0.1, 0.1, 0.01, 0.01])
+    assert scheduler.state_dict()["milestones"] == Counter([2, 4])
+
+
+class Recorder:
+    """Of a scheduler's kind, whose state goes on changing."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {"seen": [1]}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.state = state_dict
+
+
+def test_a_scheduler_s_state_is_that_of_the_moment_and_json() -> None:
+    _, optimizer, _ = make()
+    recorder = Recorder()
+    training = checkpoint._training([], optimizer, 0, recorder)
+    recorder.state["seen"].append(2)
+    assert training.scheduler == {"seen": [1]}
+    recorder.state["seen"].append(torch.ones(()))
+    with pytest.raises(
+        UsageError, match="the scheduler's state holds a Tensor, which cannot be saved as JSON"
+    ):
+        checkpoint._training([], optimizer, 0, recorder)
 
 
 def test_random_state_and_loss_scale_are_continued(tmp_path: Path) -> None:

@@ -29,11 +29,13 @@ from suite.impls.sharded.kept import PARTIAL
 from suite.impls.sharded.manifest import (
     Training,
     fingerprints,
+    from_json,
     merged,
     read_whole,
     reason,
     refused,
     tensor_files,
+    to_json,
     together,
     update_groups,
     write_training,
@@ -55,7 +57,7 @@ from suite.impls.sharded.parts import (
 
 
 class Stateful(Protocol):
-    """A learning-rate scheduler, say; its state must be JSON."""
+    """A learning-rate scheduler, say; its state is made of numbers, text, and lists and mappings of them."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -93,7 +95,7 @@ class Checkpointer:
         """Copies the present state, then writes it to `folder` in the background; collective.
 
         `position` counts what was consumed of the data (steps, say). Raises UsageError when the
-        folder exists.
+        folder exists, and for a scheduler whose state cannot be saved.
         """
         _require_free(folder)
         engine = self._engine
@@ -258,7 +260,7 @@ def _training(
         stateful=stateful,
         buffers=True,
         groups=[{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
-        scheduler=None if scheduler is None else scheduler.state_dict(),
+        scheduler=None if scheduler is None else to_json(scheduler.state_dict()),
     )
 
 
@@ -268,4 +270,4 @@ def _set_training(
     with refused(folder):
         update_groups(optimizer, training.groups)
         if scheduler is not None and training.scheduler is not None:
-            scheduler.load_state_dict(training.scheduler)
+            scheduler.load_state_dict(from_json(training.scheduler))

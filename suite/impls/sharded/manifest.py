@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -85,6 +86,31 @@ def read_training(folder: Path) -> Training:
         raise UsageError(f"there is no complete checkpoint in {folder}") from error
     except (OSError, ValueError, KeyError, RecursionError) as error:
         raise UsageError(f"checkpoint {folder} cannot be loaded: {TRAINING} is damaged ({error})") from error
+
+
+PAIRS = "(key, value) pairs"
+"""In JSON, a mapping with other keys than text: MultiStepLR's milestones, say."""
+
+
+def to_json(value: Any) -> Any:
+    """A copy of a scheduler's state that JSON can hold. Raises UsageError for what it cannot."""
+    if isinstance(value, dict):
+        items = [[key, to_json(item)] for key, item in value.items()]
+        return dict(items) if all(isinstance(key, str) for key in value) else {PAIRS: items}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise UsageError(f"the scheduler's state holds a {type(value).__name__}, which cannot be saved as JSON")
+
+
+def from_json(value: Any) -> Any:
+    """Mappings with other keys than text come back as counters, which torch's schedulers have there."""
+    if isinstance(value, dict) and value.keys() == {PAIRS}:
+        return Counter({key: from_json(item) for key, item in value[PAIRS]})
+    if isinstance(value, dict):
+        return {key: from_json(item) for key, item in value.items()}
+    return [from_json(item) for item in value] if isinstance(value, list) else value
 
 
 def tensor_files(folder: Path) -> list[Path]:
