@@ -125,6 +125,14 @@ class Program:
     def load(self, folder: Path) -> int:
         return checkpoint.load(folder, self._engine, self._scheduler)
 
+    def problem_of_loading(self, folder: Path, absent: int) -> str:
+        """On that rank's node the checkpoint cannot be seen."""
+        try:
+            checkpoint.load(folder / "elsewhere" if self._rank == absent else folder, self._engine)
+        except UsageError as error:
+            return str(error)
+        return ""
+
     def parameters(self) -> dict[str, torch.Tensor]:
         return dict(self._engine.full_parameters())
 
@@ -544,6 +552,16 @@ def test_a_checkpoint_that_lost_the_file_of_one_rank_is_refused_by_all(tmp_path:
     model, optimizer, scheduler = make()
     with pytest.raises(UsageError, match=r"it holds [0-9]+ of the [0-9]+ elements wanted of|does not hold"):
         checkpoint.load_plain(tmp_path / "a", model, optimizer, scheduler)
+
+
+@pytest.mark.parametrize("absent", [0, 1])
+def test_a_checkpoint_that_one_node_does_not_see_is_refused_by_all(tmp_path: Path, absent: int) -> None:
+    model, optimizer, scheduler = make()
+    checkpoint.save_plain(tmp_path / "a", model, optimizer, 1, scheduler)
+    with LocalTestbed(2, 2).launch(Program, 60) as ranks:
+        ranks.call("start", 2, EngineOptions(), timeout_s=30)
+        for problem in ranks.call("problem_of_loading", tmp_path / "a", absent, timeout_s=20):
+            assert f"cannot be loaded: it is not there, or not complete (rank {absent})" in problem
 
 
 @pytest.mark.parametrize("full", [0, 2], ids=["on the first rank", "on another rank"])

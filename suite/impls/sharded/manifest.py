@@ -76,16 +76,16 @@ def write_training(folder: Path, training: Training) -> None:
 
 
 def read_training(folder: Path) -> Training:
-    """Raises UsageError when there is none, or not one of this format."""
+    """Raises UsageError, without the folder's name, when there is none, or not one of this format."""
     try:
         content = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
         if isinstance(content, dict) and content.get("format") != FORMAT:
-            raise UsageError(f"checkpoint {folder} has format {content.get('format')!r}, not {FORMAT}")
+            raise UsageError(f"it has format {content.get('format')!r}, not {FORMAT}")
         return typed.build(Training, content)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UsageError(f"there is no complete checkpoint in {folder}") from error
+        raise UsageError("it is not there, or not complete") from error
     except (OSError, ValueError, KeyError, RecursionError) as error:
-        raise UsageError(f"checkpoint {folder} cannot be loaded: {TRAINING} is damaged ({error})") from error
+        raise UsageError(f"{TRAINING} is damaged ({error})") from error
 
 
 PAIRS = "(key, value) pairs"
@@ -147,10 +147,10 @@ def _fingerprint(path: Path) -> list[int]:
 
 def read_whole(folder: Path, group: dist.ProcessGroup | None) -> Training:
     """What is not a tensor, after the ranks have shared out to look whether all files are as written."""
-    training = read_training(folder)
     rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    share = dict(sorted(training.files.items())[rank::ranks])
     with refused(folder):
+        training = together(group, lambda: read_training(folder))[0]
+        share = dict(sorted(training.files.items())[rank::ranks])
         together(group, lambda: verify(folder, share))
     return training
 
