@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from suite.errors import RankError
-from suite.impls.sharded import cross_memory
+from suite.impls.sharded import cross_memory, peer_memory
 from suite.impls.sharded.collectives import Collectives
 from suite.impls.sharded.cross_memory import CrossMemoryCollectives
 from suite.impls.sharded.groups import make_groups
@@ -102,6 +104,35 @@ def test_a_lost_peer_ends_the_wait_for_it() -> None:
     with pytest.raises(RankError, match="rank 2 exited with 7"):
         with LocalTestbed(SIZE, SIZE).launch(Program, 60) as running:
             running.call("lose_a_peer", timeout_s=30)
+
+
+class Hesitant:
+    """A C library that reads at most `limit` bytes at a time, of this process."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+
+    def process_vm_readv(self, _: object, here: Any, count: ctypes.c_ulong, there: Any, *__: object) -> int:
+        vectors = ctypes.POINTER(peer_memory._Vector)
+        room = self._limit
+        for number in range(count.value):
+            target, source = (ctypes.cast(each, vectors)[number] for each in (here, there))
+            part = min(room, target.length)
+            ctypes.memmove(target.base, source.base, part)
+            room -= part
+        return self._limit - room
+
+
+@pytest.mark.parametrize("limit", [1, 13, 1000])
+def test_a_read_that_ends_early_goes_on(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """As beyond 2 GiB."""
+    monkeypatch.setattr(peer_memory, "_libc", Hesitant(limit))
+    sources = [torch.randint(256, (size,), dtype=torch.uint8) for size in (13, 0, 1000, 7)]
+    targets = [torch.zeros_like(source) for source in sources]
+    peer = peer_memory.Peer(0, os.getpid())
+    peer.read([(source.data_ptr(), target) for source, target in zip(sources, targets, strict=True)])
+    assert all(torch.equal(source, target) for source, target in zip(sources, targets, strict=True))
+    assert peer.read_bytes == 1020
 
 
 class Chooser:
