@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import gc
 import os
 import time
 from collections.abc import Iterator
@@ -11,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from engine_scenarios import Stack, batch_of, one_forward
 
 from suite.errors import RankError
-from suite.impls.sharded import cross_memory, peer_memory
+from suite.impls.sharded import checkpoint, cross_memory, peer_memory, shard
 from suite.impls.sharded.collectives import Collectives
 from suite.impls.sharded.cross_memory import CrossMemoryCollectives
 from suite.impls.sharded.groups import make_groups
@@ -152,6 +155,16 @@ class Chooser:
         groups.close()
         return type(chosen).__name__
 
+    def choice_without_a_board(self) -> str:
+        """When one rank has no descriptors left."""
+        if self._context.rank == 1:
+            cross_memory.own_board = refuse
+        return self.choice(self._context.world_size, True, True)
+
+
+def refuse(size: int) -> tuple[peer_memory.Board, int]:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
 
 @pytest.mark.parametrize(
     ("ranks_per_node", "one_namespace", "cross_memory_on", "expected"),
@@ -169,3 +182,43 @@ def test_memory_is_read_only_within_a_node_that_is_one_host(
     with LocalTestbed(2, 2).launch(Chooser, 60) as running:
         chosen = running.call("choice", ranks_per_node, one_namespace, cross_memory_on, timeout_s=30)
     assert chosen == [expected] * 2
+
+
+def test_a_rank_that_cannot_take_part_is_waited_for_by_none() -> None:
+    with LocalTestbed(2, 2).launch(Chooser, 60) as running:
+        assert running.call("choice_without_a_board", timeout_s=20) == ["DirectCollectives"] * 2
+
+
+class Closer:
+    """Makes engines and closes them."""
+
+    def __init__(self, context: RankContext) -> None:
+        self._batch = batch_of(context.rank, 0, 0)
+
+    def left_open(self, options: EngineOptions, times: int) -> int:
+        """How many more descriptors are open after that many engines than after the first one."""
+        counts = []
+        for _ in range(times):
+            self._train(options)
+            gc.collect()
+            dist.barrier()
+            counts.append(len(os.listdir("/proc/self/fd")))
+        return counts[-1] - counts[0]
+
+    def _train(self, options: EngineOptions) -> None:
+        model = Stack()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        engine = shard(model, optimizer, partition_size=2, options=options)
+        checkpointer = checkpoint.Checkpointer(engine)
+        engine.backward(one_forward(model, self._batch))
+        engine.step()
+        engine.backward(one_forward(model, self._batch))  # it is closed with hop 2 still on its way
+        checkpointer.close()
+        engine.close()
+
+
+@pytest.mark.parametrize("cross_memory_on", [True, False])
+def test_a_closed_engine_leaves_nothing_open(cross_memory_on: bool) -> None:
+    with LocalTestbed(4, 4).launch(Closer, 60) as running:
+        options = EngineOptions(cross_memory=cross_memory_on)
+        assert running.call("left_open", options, 4, timeout_s=60) == [0] * 4

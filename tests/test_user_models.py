@@ -81,8 +81,9 @@ class UserProgram(Program):
         optimizer.step()
 
     def _difference(self, engine: Engine, plain: nn.Module) -> float:
+        ours = dict(engine.full_parameters())
         engine.close()
-        return compare(dict(engine.full_parameters()), {n: p.detach() for n, p in plain.named_parameters()})
+        return compare(ours, {n: p.detach() for n, p in plain.named_parameters()})
 
     def backward_twice(self, through_the_engine: bool) -> float:
         """`retain_graph`, then another backward through the same graph."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from suite import typed
 from suite.errors import OutputError, UsageError
+from suite.impls.sharded.collectives import end_group
 from suite.impls.sharded.engine import Engine
 from suite.impls.sharded.kept import PARTIAL
 from suite.impls.sharded.manifest import (
@@ -115,8 +116,9 @@ class Checkpointer:
         return Saving(self._thread.submit(_write, folder, copies, training, *place))
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits for what is being written; collective."""
         self._thread.shutdown(wait=True)
+        end_group(self._group)
 
 
 def save_plain(

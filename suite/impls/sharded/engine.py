@@ -265,7 +265,11 @@ class Engine:
         return self._groups.read_from
 
     def close(self) -> None:
-        """Removes the hooks. The model's parameters stay without memory."""
+        """Waits for what is on its way, then removes the hooks and ends the process groups; collective. The
+        model's parameters stay without memory, and nothing can be gathered any more."""
+        for unit in self.units:
+            self._release(unit)
+        self._two_hop.settle()
         self.finish_refresh()
         self._hooks.close()
         for handle in self._handles:

@@ -72,12 +72,16 @@ class Board:
 
 
 def own_board(size: int) -> tuple[Board, int]:
-    """This rank's board, and the file descriptor under which peers open it."""
+    """This rank's board, and the file descriptor under which peers open it; then it is to be closed."""
     descriptor = os.memfd_create("suite-board", os.MFD_CLOEXEC)
-    os.ftruncate(descriptor, Board.nbytes(size))
-    board = Board(mmap.mmap(descriptor, Board.nbytes(size)), size)
-    for semaphore in (*board.ready, *board.done):
-        semaphore.initialise()
+    try:
+        os.ftruncate(descriptor, Board.nbytes(size))
+        board = Board(mmap.mmap(descriptor, Board.nbytes(size)), size)
+        for semaphore in (*board.ready, *board.done):
+            semaphore.initialise()
+    except OSError:
+        os.close(descriptor)
+        raise
     return board, descriptor
 
 
