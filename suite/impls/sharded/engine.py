@@ -298,8 +298,11 @@ class Engine:
         self._release(unit)
 
     def before_backward(self) -> None:
-        """Raises RuntimeError where it would lead to wrong gradients."""
+        """Raises RuntimeError where it would lead to wrong gradients, UsageError where that is because a
+        parameter was frozen or thawed meanwhile."""
         self._require_complete()
+        for unit in self.units:
+            unit.require_as_sharded()
         if self.loss_scale is not None and not self._scaled:
             raise RuntimeError("with fp16 the loss has to be scaled: call engine.backward(loss)")
 
