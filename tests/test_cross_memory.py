@@ -222,3 +222,45 @@ def test_a_closed_engine_leaves_nothing_open(cross_memory_on: bool) -> None:
     with LocalTestbed(4, 4).launch(Closer, 60) as running:
         options = EngineOptions(cross_memory=cross_memory_on)
         assert running.call("left_open", options, 4, timeout_s=60) == [0] * 4
+
+
+class Changer:
+    """Doubles the weights by hand after an evaluation in which rank 1 reads late."""
+
+    def __init__(self, context: RankContext) -> None:
+        self._late = context.rank == 1
+
+    def losses(self) -> list[float]:
+        torch.manual_seed(7)
+        model, batch = Stack(), batch_of(0, 0, 0)
+        engine = shard(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        collectives = engine._groups.partition
+        assert isinstance(collectives, CrossMemoryCollectives)
+        read = collectives._read_through
+
+        def read_late(end: int) -> None:
+            time.sleep(0.1)
+            read(end)
+
+        if self._late:
+            collectives._read_through = read_late  # type: ignore[method-assign]
+        with torch.no_grad():
+            before = one_forward(model, batch).item()
+            engine.quiesce()
+            for bucket in (bucket for unit in engine.units for bucket in unit.buckets):
+                bucket.master.mul_(2)
+            engine.refresh_weights()
+            return [before, one_forward(model, batch).item()]
+
+
+def test_masters_can_be_changed_by_hand_once_nobody_reads_them() -> None:
+    torch.manual_seed(7)
+    model, batch = Stack(), batch_of(0, 0, 0)
+    with torch.no_grad():
+        expected = [one_forward(model, batch).item()]
+        for parameter in model.parameters():
+            parameter.mul_(2)
+        expected.append(one_forward(model, batch).item())
+    with LocalTestbed(2, 2).launch(Changer, 60) as running:
+        for losses in running.call("losses", timeout_s=30):
+            assert losses == pytest.approx(expected, rel=1e-6)

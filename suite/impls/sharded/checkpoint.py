@@ -205,6 +205,7 @@ def load(folder: Path, engine: Engine, scheduler: Stateful | None = None) -> int
     here = dist.get_rank() < training.ranks and training.device == engine.device.type
     random = random_states(dist.get_rank(), engine.device) if here else {}
     buffers = buffers_of(engine.model) if training.buffers else {}
+    engine.quiesce()
     read_tensors(folder, tensors | random | buffers, dist.group.WORLD)
     set_buffers(engine.model, buffers)
     for name, part in random.items():

@@ -192,8 +192,7 @@ class Engine:
                 arena_optimizer.rescale(gradients, norm, self._clip, scale)
             for values, gradient in self._optimized:
                 values.grad = gradient  # an `optimizer.zero_grad()` out of habit takes it away
-            with self._trace.span(Kind.WAIT, "all ranks' reading"):
-                self._groups.quiesce()
+            self.quiesce()
             self.optimizer.step()
             self.refresh_weights()
         self._two_hop.reset(self._trainable_buckets())
@@ -210,13 +209,19 @@ class Engine:
         copies = self._groups.replication.size // self._parts
         return (square / copies).sqrt()
 
-    def refresh_weights(self) -> None:
-        """Brings the owners' masters, after a change, to where weights are gathered from. Weights that
-        are still gathered, for a forward that had no backward, are of the past."""
-        for unit in self.units:
-            self._release(unit)
+    def quiesce(self) -> None:
+        """Until nothing is on its way and no other rank reads this one's weights or gradients; collective.
+        Needed before masters are changed other than by `step`."""
         self._two_hop.settle()
         self.finish_refresh()  # of the step before, when no forward came between
+        with self._trace.span(Kind.WAIT, "all ranks' reading"):
+            self._groups.quiesce()
+
+    def refresh_weights(self) -> None:
+        """Brings the owners' masters, which were changed after `quiesce`, to where weights are gathered from;
+        collective. Weights that are still gathered, for a forward that had no backward, are of the past."""
+        for unit in self.units:
+            self._release(unit)
         self._arenas.refresh_compute()
         if self._parts > 1:
             buckets = list(self._buckets())
