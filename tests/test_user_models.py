@@ -157,6 +157,7 @@ class UserProgram(Program):
         for step in range(3):
             engine.optimizer.zero_grad()
             engine.backward(one_forward(engine.model, batch_of(self._rank, step, 0)))
+            engine.optimizer.zero_grad(set_to_none=False)  # in the wrong place
             engine.step()
             engine.optimizer.zero_grad()
             engine.model.zero_grad()

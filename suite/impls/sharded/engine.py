@@ -51,6 +51,9 @@ class Engine:
     Afterwards train with `loss = model(...)`, `engine.backward(loss)` (as often as there are
     micro-steps) and `engine.step()`. Gradients of micro-steps and ranks are added up: scale the loss
     so that the sum is what you want.
+
+    Gradients leave the parameters during backward: `optimizer.zero_grad()` and `model.zero_grad()` find none
+    and do nothing. To forget micro-steps call `engine.zero_grad()`.
     """
 
     def __init__(
@@ -191,9 +194,11 @@ class Engine:
             if self._clip is not None or scale != 1.0:
                 arena_optimizer.rescale(gradients, norm, self._clip, scale)
             for values, gradient in self._optimized:
-                values.grad = gradient  # an `optimizer.zero_grad()` out of habit takes it away
+                values.grad = gradient
             self.quiesce()
             self.optimizer.step()
+            for values, _ in self._optimized:
+                values.grad = None  # not within reach of an `optimizer.zero_grad()`
             self.refresh_weights()
         self._two_hop.reset(self._trainable_buckets())
         return norm
