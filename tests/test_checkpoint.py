@@ -9,12 +9,15 @@ import random
 import resource
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from engine_scenarios import Stack, Tied, batch_of, compare, groups, one_forward
+from engine_scenarios import WIDTH, Stack, Tied, Unused, batch_of, compare, groups, one_forward
 from torch import nn
 
 from suite.errors import RankError, UsageError
@@ -26,13 +29,48 @@ from suite.testbeds.testbed import RankContext
 GLOBAL = 12
 """Batches per step, dealt out to however many ranks there are."""
 
+Triple = tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]
 
-def make(
-    kind: type[nn.Module] = Tied,
-) -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+
+class Dimensionless(Stack):
+    """The last parameter of the optimizer is a single number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.last.scale
+
+
+class Normalized(Stack):
+    """With statistics that are not trained: two that are kept and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.register_buffer("passing", torch.zeros(3), persistent=False)
+        self.register_buffer("bent", torch.zeros(4, 2).t())
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        self.passing += 1
+        self.bent[0] += x.mean().item()
+        return super().body(self.norm(x))
+
+
+def make(kind: type[nn.Module] = Tied) -> Triple:
     torch.manual_seed(7)
     model = kind()
     optimizer = torch.optim.AdamW(groups(model), lr=1e-2, weight_decay=0.1)
+    return model, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+
+
+def make_unlike(kind: type[torch.optim.Optimizer], number: int, **settings: object) -> Triple:
+    """Of whose two parameter groups only one has these settings, and so some states."""
+    model, _, _ = make()
+    parts = groups(model)
+    parts[number] |= settings
+    optimizer = kind(parts, lr=1e-2)  # type: ignore[call-arg]
     return model, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
 
 
@@ -53,8 +91,14 @@ class Program:
     def __init__(self, context: RankContext) -> None:
         self._rank, self._size = context.rank, context.world_size
 
-    def start(self, partition_size: int, options: EngineOptions, precision: str = "fp32") -> None:
-        self._model, self._optimizer, self._scheduler = make()
+    def start(
+        self,
+        partition_size: int,
+        options: EngineOptions,
+        precision: str = "fp32",
+        build: Callable[[], Triple] = make,
+    ) -> None:
+        self._model, self._optimizer, self._scheduler = build()
         self._engine: Engine = shard(
             self._model,
             self._optimizer,
@@ -81,8 +125,19 @@ class Program:
     def load(self, folder: Path) -> int:
         return checkpoint.load(folder, self._engine, self._scheduler)
 
+    def problem_of_loading(self, folder: Path, absent: int) -> str:
+        """On that rank's node the checkpoint cannot be seen."""
+        try:
+            checkpoint.load(folder / "elsewhere" if self._rank == absent else folder, self._engine)
+        except UsageError as error:
+            return str(error)
+        return ""
+
     def parameters(self) -> dict[str, torch.Tensor]:
         return dict(self._engine.full_parameters())
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        return {name: buffer.clone() for name, buffer in self._model.named_buffers()}
 
     def loss_scale(self) -> float:
         assert self._engine.loss_scale is not None
@@ -115,17 +170,24 @@ class Program:
             self._saving.wait()
 
 
-def saved_in(folder: Path, world: int, partition_size: int, options: EngineOptions, steps: int = 3) -> None:
+def saved_in(
+    folder: Path,
+    world: int,
+    partition_size: int,
+    options: EngineOptions,
+    steps: int = 3,
+    build: Callable[[], Triple] = make,
+) -> None:
     with LocalTestbed(world, world).launch(Program, 60) as ranks:
-        ranks.call("start", partition_size, options, timeout_s=30)
+        ranks.call("start", partition_size, options, "fp32", build, timeout_s=30)
         ranks.call("train", 0, steps, timeout_s=30)
         ranks.call("save", folder, steps, timeout_s=30)
         ranks.call("train", steps, 1, timeout_s=30)  # goes on while it is being written
         ranks.call("wait", timeout_s=30)
 
 
-def expected(steps: int) -> dict[str, torch.Tensor]:
-    model, optimizer, scheduler = make()
+def expected(steps: int, build: Callable[[], Triple] = make) -> dict[str, torch.Tensor]:
+    model, optimizer, scheduler = build()
     train_plain(model, optimizer, scheduler, 0, steps)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
@@ -171,6 +233,138 @@ def test_plain_torch_and_the_engine_continue_each_other(tmp_path: Path) -> None:
     assert checkpoint.load_plain(tmp_path / "sharded", model, optimizer, scheduler) == 4
     train_plain(model, optimizer, scheduler, 4, 2)
     assert compare({name: p.detach() for name, p in model.named_parameters()}, expected(6)) < 2e-6
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "setting"), [(torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {"amsgrad": True})]
+)
+def test_states_that_only_one_parameter_group_has_are_continued(
+    tmp_path: Path, kind: type[torch.optim.Optimizer], setting: dict[str, object], number: int
+) -> None:
+    """Some ranks own nothing of that group, and some nothing of the other."""
+    build = partial(make_unlike, kind, number, **setting)
+    saved_in(tmp_path / "a", 4, 2, WORLD_SHARDED, build=build)
+    with LocalTestbed(3, 3).launch(Program, 60) as ranks:
+        ranks.call("start", 3, EngineOptions(), "fp32", build, timeout_s=30)
+        assert ranks.call("load", tmp_path / "a", timeout_s=30) == [3] * 3
+        ranks.call("train", 3, 3, timeout_s=30)
+        assert compare(ranks.call("parameters", timeout_s=30)[0], expected(6, build)) < 2e-6
+    model, optimizer, scheduler = build()
+    assert checkpoint.load_plain(tmp_path / "a", model, optimizer, scheduler) == 3
+    train_plain(model, optimizer, scheduler, 3, 3)
+    assert compare({name: p.detach() for name, p in model.named_parameters()}, expected(6, build)) < 2e-6
+
+
+@pytest.mark.parametrize("kind", [Unused, Dimensionless])
+def test_parameters_without_states_or_dimensions_are_continued(tmp_path: Path, kind: type[nn.Module]) -> None:
+    build = partial(make, kind)
+    model, optimizer, scheduler = build()
+    train_plain(model, optimizer, scheduler, 0, 3)
+    checkpoint.save_plain(tmp_path / "a", model, optimizer, 3, scheduler)
+    model, optimizer, scheduler = build()
+    assert checkpoint.load_plain(tmp_path / "a", model, optimizer, scheduler) == 3
+    train_plain(model, optimizer, scheduler, 3, 3)
+    assert compare({name: p.detach() for name, p in model.named_parameters()}, expected(6, build)) < 2e-6
+    with LocalTestbed(3, 3).launch(Program, 60) as ranks:
+        ranks.call("start", 3, EngineOptions(), "fp32", build, timeout_s=30)
+        assert ranks.call("load", tmp_path / "a", timeout_s=30) == [3] * 3
+        assert compare(ranks.call("parameters", timeout_s=30)[0], expected(3, build)) == 0
+        ranks.call("train", 3, 3, timeout_s=30)
+        ours, theirs = ranks.call("parameters", timeout_s=30)[0], expected(6, build)
+        never = [name for name in ours if "spare" in name or "blocks.3" in name]  # decay in the engine alone
+        assert compare(ours | {name: theirs[name] for name in never}, theirs) < 2e-6
+
+
+def test_buffers_are_continued(tmp_path: Path) -> None:
+    build = partial(make, Normalized)
+    with LocalTestbed(3, 3).launch(Program, 60) as ranks:
+        ranks.call("start", 3, EngineOptions(), "fp32", build, timeout_s=30)
+        ranks.call("train", 0, 2, timeout_s=30)
+        before = ranks.call("buffers", timeout_s=30)[0]
+        ranks.call("save", tmp_path / "sharded", 2, timeout_s=30)
+        ranks.call("train", 2, 1, timeout_s=30)
+        ranks.call("wait", timeout_s=30)
+    model, optimizer, scheduler = build()
+    checkpoint.load_plain(tmp_path / "sharded", model, optimizer, scheduler)
+    kept_ones = before.keys() - {"passing"}
+    assert {"norm.running_mean", "norm.num_batches_tracked", "bent"} <= kept_ones
+    assert all(torch.equal(model.get_buffer(name), before[name]) for name in kept_ones)
+    assert not torch.equal(model.get_buffer("passing"), before["passing"])
+    checkpoint.save_plain(tmp_path / "plain", model, optimizer, 2, scheduler)
+    with LocalTestbed(2, 2).launch(Program, 60) as ranks:
+        ranks.call("start", 2, EngineOptions(), "fp32", build, timeout_s=30)
+        ranks.call("load", tmp_path / "plain", timeout_s=30)
+        for buffers in ranks.call("buffers", timeout_s=30):
+            assert all(torch.equal(buffers[name], before[name]) for name in kept_ones)
+
+
+def test_a_checkpoint_from_before_buffers_were_kept_is_read(tmp_path: Path) -> None:
+    """Nor did it say which parameter has which of the optimizer's states: all had all of them."""
+    model, optimizer, scheduler = make(Normalized)
+    train_plain(model, optimizer, scheduler, 0, 1)
+    checkpoint.save_plain(tmp_path / "a", model, optimizer, 1, scheduler)
+    training = json.loads((tmp_path / "a" / manifest.TRAINING).read_text())
+    del training["buffers"], training["stateful"]
+    (tmp_path / "a" / manifest.TRAINING).write_text(json.dumps(training))
+    again, other, its_scheduler = make(Normalized)
+    assert checkpoint.load_plain(tmp_path / "a", again, other, its_scheduler) == 1
+    assert compare(dict(again.named_parameters()), dict(model.named_parameters())) == 0
+    assert len(other.state) == len(optimizer.state)
+    assert not again.get_buffer("norm.running_mean").any()
+
+
+def test_milestones_are_continued(tmp_path: Path) -> None:
+    """A mapping from steps, whose numbers JSON would make text."""
+
+    def build() -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4])
+
+    def rates(steps: int) -> list[float]:
+        found = []
+        for _ in range(steps):
+            optimizer.step()
+            scheduler.step()
+            found += scheduler.get_last_lr()
+        return found
+
+    model = Stack()
+    optimizer, scheduler = build()
+    undisturbed = rates(5)
+    optimizer, scheduler = build()
+    assert rates(1) == undisturbed[:1]
+    checkpoint.save_plain(tmp_path / "a", model, optimizer, 1, scheduler)
+    optimizer, scheduler = build()
+    checkpoint.load_plain(tmp_path / "a", model, optimizer, scheduler)
+    assert rates(4) == undisturbed[1:] == pytest.approx([0.1, 0.1, 0.01, 0.01])
+    assert scheduler.state_dict()["milestones"] == Counter([2, 4])
+
+
+class Recorder:
+    """Of a scheduler's kind, whose state goes on changing."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {"seen": [1]}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.state = state_dict
+
+
+def test_a_scheduler_s_state_is_that_of_the_moment_and_json() -> None:
+    _, optimizer, _ = make()
+    recorder = Recorder()
+    training = checkpoint._training([], optimizer, 0, recorder)
+    recorder.state["seen"].append(2)
+    assert training.scheduler == {"seen": [1]}
+    recorder.state["seen"].append(torch.ones(()))
+    with pytest.raises(
+        UsageError, match="the scheduler's state holds a Tensor, which cannot be saved as JSON"
+    ):
+        checkpoint._training([], optimizer, 0, recorder)
 
 
 def test_random_state_and_loss_scale_are_continued(tmp_path: Path) -> None:
@@ -264,6 +458,7 @@ def changed(**values: object) -> Callable[[Path], None]:
         changed(groups=[{"params": []}, {}]),
         changed(groups=[{"lr": "fast"}, {}]),
         changed(states={"exp_avg": "yes"}),
+        changed(states={}),
         changed(position="three"),
         changed(files={"../../elsewhere": [1, 2]}),
         changed(files={"a": []}),
@@ -357,6 +552,16 @@ def test_a_checkpoint_that_lost_the_file_of_one_rank_is_refused_by_all(tmp_path:
     model, optimizer, scheduler = make()
     with pytest.raises(UsageError, match=r"it holds [0-9]+ of the [0-9]+ elements wanted of|does not hold"):
         checkpoint.load_plain(tmp_path / "a", model, optimizer, scheduler)
+
+
+@pytest.mark.parametrize("absent", [0, 1])
+def test_a_checkpoint_that_one_node_does_not_see_is_refused_by_all(tmp_path: Path, absent: int) -> None:
+    model, optimizer, scheduler = make()
+    checkpoint.save_plain(tmp_path / "a", model, optimizer, 1, scheduler)
+    with LocalTestbed(2, 2).launch(Program, 60) as ranks:
+        ranks.call("start", 2, EngineOptions(), timeout_s=30)
+        for problem in ranks.call("problem_of_loading", tmp_path / "a", absent, timeout_s=20):
+            assert f"cannot be loaded: it is not there, or not complete (rank {absent})" in problem
 
 
 @pytest.mark.parametrize("full", [0, 2], ids=["on the first rank", "on another rank"])

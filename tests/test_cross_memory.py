@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import gc
 import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from engine_scenarios import Stack, batch_of, one_forward
 
 from suite.errors import RankError
-from suite.impls.sharded import cross_memory
+from suite.impls.sharded import checkpoint, cross_memory, peer_memory, shard
 from suite.impls.sharded.collectives import Collectives
 from suite.impls.sharded.cross_memory import CrossMemoryCollectives
 from suite.impls.sharded.groups import make_groups
@@ -104,6 +109,35 @@ def test_a_lost_peer_ends_the_wait_for_it() -> None:
             running.call("lose_a_peer", timeout_s=30)
 
 
+class Hesitant:
+    """A C library that reads at most `limit` bytes at a time, of this process."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+
+    def process_vm_readv(self, _: object, here: Any, count: ctypes.c_ulong, there: Any, *__: object) -> int:
+        vectors = ctypes.POINTER(peer_memory._Vector)
+        room = self._limit
+        for number in range(count.value):
+            target, source = (ctypes.cast(each, vectors)[number] for each in (here, there))
+            part = min(room, target.length)
+            ctypes.memmove(target.base, source.base, part)
+            room -= part
+        return self._limit - room
+
+
+@pytest.mark.parametrize("limit", [1, 13, 1000])
+def test_a_read_that_ends_early_goes_on(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """As beyond 2 GiB."""
+    monkeypatch.setattr(peer_memory, "_libc", Hesitant(limit))
+    sources = [torch.randint(256, (size,), dtype=torch.uint8) for size in (13, 0, 1000, 7)]
+    targets = [torch.zeros_like(source) for source in sources]
+    peer = peer_memory.Peer(0, os.getpid())
+    peer.read([(source.data_ptr(), target) for source, target in zip(sources, targets, strict=True)])
+    assert all(torch.equal(source, target) for source, target in zip(sources, targets, strict=True))
+    assert peer.read_bytes == 1020
+
+
 class Chooser:
     """Which collectives the engine takes for a partition group of the world."""
 
@@ -120,6 +154,16 @@ class Chooser:
         chosen: Collectives = groups.partition
         groups.close()
         return type(chosen).__name__
+
+    def choice_without_a_board(self) -> str:
+        """When one rank has no descriptors left."""
+        if self._context.rank == 1:
+            cross_memory.own_board = refuse
+        return self.choice(self._context.world_size, True, True)
+
+
+def refuse(size: int) -> tuple[peer_memory.Board, int]:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 @pytest.mark.parametrize(
@@ -138,3 +182,85 @@ def test_memory_is_read_only_within_a_node_that_is_one_host(
     with LocalTestbed(2, 2).launch(Chooser, 60) as running:
         chosen = running.call("choice", ranks_per_node, one_namespace, cross_memory_on, timeout_s=30)
     assert chosen == [expected] * 2
+
+
+def test_a_rank_that_cannot_take_part_is_waited_for_by_none() -> None:
+    with LocalTestbed(2, 2).launch(Chooser, 60) as running:
+        assert running.call("choice_without_a_board", timeout_s=20) == ["DirectCollectives"] * 2
+
+
+class Closer:
+    """Makes engines and closes them."""
+
+    def __init__(self, context: RankContext) -> None:
+        self._batch = batch_of(context.rank, 0, 0)
+
+    def left_open(self, options: EngineOptions, times: int) -> int:
+        """How many more descriptors are open after that many engines than after the first one."""
+        counts = []
+        for _ in range(times):
+            self._train(options)
+            gc.collect()
+            dist.barrier()
+            counts.append(len(os.listdir("/proc/self/fd")))
+        return counts[-1] - counts[0]
+
+    def _train(self, options: EngineOptions) -> None:
+        model = Stack()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        engine = shard(model, optimizer, partition_size=2, options=options)
+        checkpointer = checkpoint.Checkpointer(engine)
+        engine.backward(one_forward(model, self._batch))
+        engine.step()
+        engine.backward(one_forward(model, self._batch))  # it is closed with hop 2 still on its way
+        checkpointer.close()
+        engine.close()
+
+
+@pytest.mark.parametrize("cross_memory_on", [True, False])
+def test_a_closed_engine_leaves_nothing_open(cross_memory_on: bool) -> None:
+    with LocalTestbed(4, 4).launch(Closer, 60) as running:
+        options = EngineOptions(cross_memory=cross_memory_on)
+        assert running.call("left_open", options, 4, timeout_s=60) == [0] * 4
+
+
+class Changer:
+    """Doubles the weights by hand after an evaluation in which rank 1 reads late."""
+
+    def __init__(self, context: RankContext) -> None:
+        self._late = context.rank == 1
+
+    def losses(self) -> list[float]:
+        torch.manual_seed(7)
+        model, batch = Stack(), batch_of(0, 0, 0)
+        engine = shard(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        collectives = engine._groups.partition
+        assert isinstance(collectives, CrossMemoryCollectives)
+        read = collectives._read_through
+
+        def read_late(end: int) -> None:
+            time.sleep(0.1)
+            read(end)
+
+        if self._late:
+            collectives._read_through = read_late  # type: ignore[method-assign]
+        with torch.no_grad():
+            before = one_forward(model, batch).item()
+            engine.quiesce()
+            for bucket in (bucket for unit in engine.units for bucket in unit.buckets):
+                bucket.master.mul_(2)
+            engine.refresh_weights()
+            return [before, one_forward(model, batch).item()]
+
+
+def test_masters_can_be_changed_by_hand_once_nobody_reads_them() -> None:
+    torch.manual_seed(7)
+    model, batch = Stack(), batch_of(0, 0, 0)
+    with torch.no_grad():
+        expected = [one_forward(model, batch).item()]
+        for parameter in model.parameters():
+            parameter.mul_(2)
+        expected.append(one_forward(model, batch).item())
+    with LocalTestbed(2, 2).launch(Changer, 60) as running:
+        for losses in running.call("losses", timeout_s=30):
+            assert losses == pytest.approx(expected, rel=1e-6)

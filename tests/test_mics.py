@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine_scenarios import LAST, Program, Stack, batch_of, one_forward
+from engine_scenarios import LAST, Program, Stack, batch_of, compare, one_forward
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from suite.impls import registry
+from suite.impls.sharded import checkpoint, shard
 from suite.impls.sharded.options import EngineOptions
 from suite.impls.trainer import Recipe, Topology
 from suite.testbeds.local import LocalTestbed
@@ -54,6 +57,36 @@ class MicsProgram(Program):
         parameters = list(trainer.full_parameters().values())
         trainer.close()
         return [torch.tensor(losses), *parameters]
+
+    def gathers_before_hop2(self, folder: Path, load: bool) -> tuple[float, float]:
+        """How far parameters are off that are asked for (or loaded) right after backward, while hop 2 has not
+        even begun on rank 0 and has on the others; and the gradients after that."""
+        model, plain = build_stack(), build_stack()
+        options = replace(BASE, optimizer_sharding="world")
+        engine = shard(model, torch.optim.AdamW(model.parameters()), partition_size=2, options=options)
+        checkpointer = checkpoint.Checkpointer(engine)
+        checkpointer.save(folder).wait()
+        start = engine._two_hop._start_hop2
+
+        def late(*arguments: Any) -> Any:
+            time.sleep(0.3)
+            return start(*arguments)
+
+        if self._rank == 0:
+            engine._two_hop._start_hop2 = late  # type: ignore[method-assign]
+        engine.backward(one_forward(model, batch_of(self._rank, 0, 0)))
+        if self._rank != 0:
+            time.sleep(0.3)
+        if load:
+            checkpoint.load(folder, engine)
+        parameters = dict(engine.full_parameters())
+        for rank in range(self._size):
+            one_forward(plain, batch_of(rank, 0, 0)).backward()
+        ours = dict(engine.full_gradients())
+        gradients = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+        checkpointer.close()
+        engine.close()
+        return compare(parameters, dict(plain.named_parameters())), compare(ours, gradients)
 
 
 @st.composite
@@ -134,3 +167,11 @@ def test_one_partition_group_is_bitwise_zero3(ranks: LocalRanks, ranks_per_node:
     mics = ranks.call("trained", "mics", per_node, options, timeout_s=60)
     for ours, theirs in zip(mics, zero3, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("load", [False, True], ids=["gathered", "loaded"])
+def test_parameters_can_be_gathered_while_hop_2_is_on_its_way(tmp_path: Path, load: bool) -> None:
+    """With `world` both go over the replication group: in the same order on every rank."""
+    with LocalTestbed(4, 4).launch(MicsProgram, 60) as running:
+        for parameters, gradients in running.call("gathers_before_hop2", tmp_path / "a", load, timeout_s=30):
+            assert parameters == 0 and gradients < 1e-5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from engine_scenarios import WIDTH, Program, Stack, batch_of, compare, one_forwa
 from torch import Tensor, nn
 from user_models import MODELS, gpt2, image_loss, t5, tokens_of, vit
 
+from suite.errors import UsageError
 from suite.impls.sharded import Engine, shard
 from suite.impls.sharded.options import EngineOptions
 from suite.testbeds.local import LocalTestbed
@@ -81,8 +83,9 @@ class UserProgram(Program):
         optimizer.step()
 
     def _difference(self, engine: Engine, plain: nn.Module) -> float:
+        ours = dict(engine.full_parameters())
         engine.close()
-        return compare(dict(engine.full_parameters()), {n: p.detach() for n, p in plain.named_parameters()})
+        return compare(ours, {n: p.detach() for n, p in plain.named_parameters()})
 
     def backward_twice(self, through_the_engine: bool) -> float:
         """`retain_graph`, then another backward through the same graph."""
@@ -154,6 +157,7 @@ class UserProgram(Program):
         for step in range(3):
             engine.optimizer.zero_grad()
             engine.backward(one_forward(engine.model, batch_of(self._rank, step, 0)))
+            engine.optimizer.zero_grad(set_to_none=False)  # in the wrong place
             engine.step()
             engine.optimizer.zero_grad()
             engine.model.zero_grad()
@@ -228,14 +232,15 @@ class UserProgram(Program):
         }
         return message_of(attempts[what])
 
-    def thawed(self) -> str:
+    def changed_meanwhile(self, trained: bool, through_the_engine: bool) -> str:
+        """A parameter that is trained or frozen while the model is sharded, and the other afterwards."""
         torch.manual_seed(7)
         model = Stack()
-        model.last.requires_grad_(False)
+        model.blocks[1].norm.requires_grad_(trained)
         engine = shard(model, sgd(model))
-        model.last.requires_grad_(True)
+        model.blocks[1].norm.requires_grad_(not trained)
         loss = one_forward(model, batch_of(self._rank, 0, 0))
-        return message_of(lambda: engine.backward(loss))
+        return message_of(partial(engine.backward, loss) if through_the_engine else loss.backward)
 
     def with_optimizer(self, name: str) -> str:
         model = Stack()
@@ -259,7 +264,7 @@ class UserProgram(Program):
 def message_of(attempt: Callable[[], object]) -> str:
     try:
         attempt()
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, UsageError) as error:
         return str(error)
     return "nothing was raised"
 
@@ -340,8 +345,13 @@ def test_what_cannot_be_right_is_refused(ranks: LocalRanks, what: str, message: 
     assert all(message in answer for answer in ranks.call("refused", what, timeout_s=60))
 
 
-def test_a_frozen_parameter_that_is_trained_later_is_named(ranks: LocalRanks) -> None:
-    assert "was frozen when the model was sharded" in ranks.call("thawed", timeout_s=60)[0]
+@pytest.mark.parametrize("through_the_engine", [True, False])
+@pytest.mark.parametrize(("trained", "change"), [(False, "was frozen"), (True, "was trained")])
+def test_a_parameter_that_is_frozen_or_thawed_later_is_named(
+    ranks: LocalRanks, trained: bool, change: str, through_the_engine: bool
+) -> None:
+    for message in ranks.call("changed_meanwhile", trained, through_the_engine, timeout_s=60):
+        assert f"blocks.1.norm.weight {change} when the model was sharded" in message
 
 
 @pytest.mark.parametrize("name", ["LBFGS", "Adafactor", "Muon", "SparseAdam"])

@@ -87,4 +87,6 @@ class Zero3(Trainer):
         }
 
     def close(self) -> None:
+        if "_checkpointer" in vars(self):  # made with the first save
+            self._checkpointer.close()
         self.engine.close()

@@ -2,15 +2,16 @@
 
 A checkpoint is a folder of safetensors files, written by `torch.distributed.checkpoint`: of every
 parameter, under the model's own name and flattened, its fp32 master and its optimizer states, each
-rank writing the range that it owns; and `training.json` with all that is not a tensor. Nothing in it
-is pickled. It is written beside its final name and renamed when it is complete on all ranks; a save that
-fails leaves nothing.
+rank writing the range that it owns; the persistent buffers as rank 0 has them; and `training.json` with
+all that is not a tensor. Nothing in it is pickled. It is written beside its final name and renamed when it
+is complete on all ranks; a save that fails leaves nothing.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,26 +24,41 @@ from torch import Tensor, nn
 
 from suite import typed
 from suite.errors import OutputError, UsageError
+from suite.impls.sharded.collectives import end_group
 from suite.impls.sharded.engine import Engine
 from suite.impls.sharded.kept import PARTIAL
 from suite.impls.sharded.manifest import (
     Training,
     fingerprints,
+    from_json,
+    merged,
     read_whole,
     reason,
     refused,
     tensor_files,
+    to_json,
     together,
     update_groups,
     write_training,
 )
 from suite.impls.sharded.optimizer import LossScale
 from suite.impls.sharded.part_files import read_tensors, write_tensors
-from suite.impls.sharded.parts import Part, make_states, owned_by, owned_by_plain, random_states, tensors_of
+from suite.impls.sharded.parts import (
+    Owned,
+    Part,
+    buffers_of,
+    make_states,
+    owned_by,
+    owned_by_plain,
+    random_states,
+    set_buffers,
+    states_of,
+    tensors_of,
+)
 
 
 class Stateful(Protocol):
-    """A learning-rate scheduler, say; its state must be JSON."""
+    """A learning-rate scheduler, say; its state is made of numbers, text, and lists and mappings of them."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -80,25 +96,29 @@ class Checkpointer:
         """Copies the present state, then writes it to `folder` in the background; collective.
 
         `position` counts what was consumed of the data (steps, say). Raises UsageError when the
-        folder exists.
+        folder exists, and for a scheduler whose state cannot be saved.
         """
         _require_free(folder)
         engine = self._engine
         owned = list(owned_by(engine))
-        tensors = tensors_of(owned, engine.optimizer) | random_states(dist.get_rank(), engine.device)
-        copies = {name: replace(part, values=_copy(part.values)) for name, part in tensors.items()}
         training = replace(
-            _training(engine.optimizer, position, scheduler),
+            _training(owned, engine.optimizer, position, scheduler),
             ranks=dist.get_world_size(),
             device=engine.device.type,
             loss_scale=None if engine.loss_scale is None else dict(vars(engine.loss_scale)),
         )
+        tensors = tensors_of(owned, engine.optimizer, training.states_of)
+        tensors |= random_states(dist.get_rank(), engine.device)
+        if dist.get_rank() == 0:
+            tensors |= buffers_of(engine.model)
+        copies = {name: replace(part, values=_copy(part.values)) for name, part in tensors.items()}
         place = (self._group, dist.get_rank(), dist.get_world_size())
         return Saving(self._thread.submit(_write, folder, copies, training, *place))
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits for what is being written; collective."""
         self._thread.shutdown(wait=True)
+        end_group(self._group)
 
 
 def save_plain(
@@ -110,8 +130,10 @@ def save_plain(
 ) -> None:
     """A checkpoint of plain, unsharded training in one process, in the same format."""
     _require_free(folder)
-    tensors = tensors_of(list(owned_by_plain(model, optimizer)), optimizer)
-    _write(folder, tensors, _training(optimizer, position, scheduler), None, 0, 1)
+    owned = list(owned_by_plain(model, optimizer))
+    training = _training(owned, optimizer, position, scheduler)
+    tensors = tensors_of(owned, optimizer, training.states_of) | buffers_of(model)
+    _write(folder, tensors, training, None, 0, 1)
 
 
 def _write(
@@ -126,12 +148,17 @@ def _write(
     partial = folder.with_name(folder.name + PARTIAL)
     first = rank == 0
 
+    def begin() -> Training:
+        if first:
+            _begin(partial)
+        return training
+
     def finish() -> None:
         files = {name: values for part in parts for name, values in part.items()}
-        _finish(partial, folder, replace(training, files=files))
+        _finish(partial, folder, replace(merged(trainings), files=files))
 
     try:
-        together(group, lambda: _begin(partial) if first else None)
+        trainings = together(group, begin)
         write_tensors(partial, tensors, group)
         parts = together(group, lambda: fingerprints(tensor_files(partial)[rank::ranks]))
         together(group, lambda: finish() if first else None)
@@ -174,11 +201,13 @@ def load(folder: Path, engine: Engine, scheduler: Stateful | None = None) -> int
     """
     training = read_whole(folder, dist.group.WORLD)
     owned = list(owned_by(engine))
-    make_states(owned, engine.optimizer, training.states)
-    tensors = tensors_of(owned, engine.optimizer)
+    tensors = _to_be_filled(owned, engine.optimizer, training)
     here = dist.get_rank() < training.ranks and training.device == engine.device.type
     random = random_states(dist.get_rank(), engine.device) if here else {}
-    read_tensors(folder, tensors | random, dist.group.WORLD)
+    buffers = buffers_of(engine.model) if training.buffers else {}
+    engine.quiesce()
+    read_tensors(folder, tensors | random | buffers, dist.group.WORLD)
+    set_buffers(engine.model, buffers)
     for name, part in random.items():
         device_type = name.split("/")[1]
         module = torch if device_type == "cpu" else torch.get_device_module(device_type)
@@ -200,27 +229,41 @@ def load_plain(
     """The same into plain, unsharded training in one process."""
     training = read_whole(folder, None)
     owned = list(owned_by_plain(model, optimizer))
-    make_states(owned, optimizer, training.states)
-    read_tensors(folder, tensors_of(owned, optimizer), None)
+    tensors = _to_be_filled(owned, optimizer, training)
+    buffers = buffers_of(model) if training.buffers else {}
+    read_tensors(folder, tensors | buffers, None)
+    set_buffers(model, buffers)
     _set_training(folder, training, optimizer, scheduler)
     return training.position
 
 
-def _training(optimizer: torch.optim.Optimizer, position: int, scheduler: Stateful | None) -> Training:
+def _to_be_filled(
+    owned: Sequence[Owned], optimizer: torch.optim.Optimizer, training: Training
+) -> dict[str, Part]:
+    """The parameters and, made anew, the optimizer states that the checkpoint has of them."""
+    make_states(owned, optimizer, training.states_of)
+    return tensors_of(owned, optimizer, training.states_of)
+
+
+def _training(
+    owned: Sequence[Owned], optimizer: torch.optim.Optimizer, position: int, scheduler: Stateful | None
+) -> Training:
     """All that is not a tensor, as one process sees it."""
-    states = {
-        key: values.dim() == 0
-        for state in optimizer.state.values()
-        for key, values in state.items()
-        if values is not None
-    }
+    states: dict[str, bool] = {}
+    stateful: dict[str, list[str]] = {}
+    for item in owned:
+        for key, values in states_of(item, optimizer).items():
+            states[key] = item.is_scalar(values) or states.get(key, False)
+            stateful.setdefault(item.name, []).append(key)
     return Training(
         position=position,
         ranks=0,
         device=None,
         states=states,
+        stateful=stateful,
+        buffers=True,
         groups=[{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
-        scheduler=None if scheduler is None else scheduler.state_dict(),
+        scheduler=None if scheduler is None else to_json(scheduler.state_dict()),
     )
 
 
@@ -230,4 +273,4 @@ def _set_training(
     with refused(folder):
         update_groups(optimizer, training.groups)
         if scheduler is not None and training.scheduler is not None:
-            scheduler.load_state_dict(training.scheduler)
+            scheduler.load_state_dict(from_json(training.scheduler))

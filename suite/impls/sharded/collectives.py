@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 SMALL_BYTES = 64 * 1024
@@ -89,6 +91,8 @@ class Collectives(ABC):
     def __init__(self, index: int, size: int) -> None:
         self.index = index
         self.size = size
+        self.own_groups: Sequence[dist.ProcessGroup] = ()
+        """Made for these collectives alone: `close` ends them."""
 
     @abstractmethod
     def all_gather(self, fulls: Sequence[Tensor], shards: Sequence[Tensor]) -> Handle:
@@ -114,8 +118,18 @@ class Collectives(ABC):
         """Bytes that this rank has read from others' memory instead of a connection, by global rank."""
         return {}
 
-    def close(self) -> None:  # noqa: B027 (most hold nothing)
-        """Ends what it holds; every rank calls it."""
+    def close(self) -> None:
+        """Ends what it holds; every rank calls it, when nothing is on its way any more."""
+        for group in self.own_groups:
+            end_group(group)
+        self.own_groups = ()
+
+
+def end_group(group: dist.ProcessGroup) -> None:
+    """Every rank of it calls it."""
+    with suppress(RuntimeError):  # a peer that is gone reads nothing any more
+        dist.barrier(group)  # a connection that is closed takes away what a peer has still to read
+    dist.destroy_process_group(group)
 
 
 class AloneCollectives(Collectives):

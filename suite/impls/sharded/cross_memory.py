@@ -60,8 +60,7 @@ class CrossMemoryCollectives(Collectives):
     def __init__(self, group: dist.ProcessGroup | None, index: int, size: int) -> None:
         """Collective. Raises OSError on all ranks alike when one of them cannot read another."""
         super().__init__(index, size)
-        self._board, descriptor = own_board(size)
-        self._peers, self._boards = _introduce(group, index, size, descriptor)
+        self._board, self._peers, self._boards = _introduce(group, index, size)
         self._posting, self._reading = threading.Lock(), threading.Lock()
         self._posted = self._read = self._forgotten = 0
         self._unread: deque[_Call] = deque()
@@ -127,6 +126,7 @@ class CrossMemoryCollectives(Collectives):
         """Collective: who leaves earlier takes away what others have still to read."""
         with suppress(ConnectionError):  # a peer that is gone reads nothing any more
             self.quiesce()
+        super().close()
 
     @property
     def read_from(self) -> dict[int, int]:
@@ -202,25 +202,32 @@ def add_from(peer: Peer, address: int, target: Tensor, dtype: torch.dtype) -> No
 
 
 def _introduce(
-    group: dist.ProcessGroup | None, index: int, size: int, descriptor: int
-) -> tuple[dict[int, Peer], dict[int, Board]]:
-    """The others and their boards, by index, the next one first, so that not all begin with the same.
+    group: dist.ProcessGroup | None, index: int, size: int
+) -> tuple[Board, dict[int, Peer], dict[int, Board]]:
+    """This rank's board; the others and their boards, by index, the next one first, so that not all begin
+    with the same.
 
-    Each shows where it keeps a random number: who reads it there can read all the rest.
+    Each shows where it keeps a random number: who reads it there can read all the rest. A rank without a
+    board takes part all the same, because the others wait for it.
     """
-    allow_peers()
+    board, descriptor, own_namespace = None, -1, -1
+    with suppress(OSError):
+        if supported():
+            allow_peers()
+            own_namespace = network_namespace()
+            board, descriptor = own_board(size)
     token = torch.tensor([secrets.randbits(62)])
-    card = torch.tensor([network_namespace(), os.getpid(), descriptor, token.data_ptr(), int(token)])
+    card = torch.tensor([own_namespace, os.getpid(), descriptor, token.data_ptr(), int(token)])
     cards = [torch.empty_like(card) for _ in range(size)]
     dist.all_gather(cards, card, group=group)
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
     peers: dict[int, Peer] = {}
     boards: dict[int, Board] = {}
-    able = torch.tensor([int(supported())])
+    able = torch.tensor([int(board is not None)])
     for other in ((index + step) % size for step in range(1, size)):
         namespace, pid, their_descriptor, address, number = cards[other].tolist()
         peers[other] = Peer(ranks[other], pid)
-        if not able or namespace != int(card[0]) or not peers[other].proven(address, number):
+        if not able or namespace != own_namespace or not peers[other].proven(address, number):
             able.zero_()
             continue
         try:
@@ -228,6 +235,8 @@ def _introduce(
         except OSError:
             able.zero_()
     dist.all_reduce(able, dist.ReduceOp.MIN, group=group)
-    if not able:
+    if descriptor >= 0:
+        os.close(descriptor)  # all have opened it
+    if board is None or not able:
         raise OSError("not all ranks of the group can read each other's memory")
-    return peers, boards
+    return board, peers, boards

@@ -37,6 +37,7 @@ class DirectCollectives(Collectives):
 
     def close(self) -> None:
         self._courier.close()
+        super().close()
 
     def all_gather(self, fulls: Sequence[Tensor], shards: Sequence[Tensor]) -> Handle:
         tag = next(self._tags)

@@ -51,6 +51,9 @@ class Engine:
     Afterwards train with `loss = model(...)`, `engine.backward(loss)` (as often as there are
     micro-steps) and `engine.step()`. Gradients of micro-steps and ranks are added up: scale the loss
     so that the sum is what you want.
+
+    Gradients leave the parameters during backward: `optimizer.zero_grad()` and `model.zero_grad()` find none
+    and do nothing. To forget micro-steps call `engine.zero_grad()`.
     """
 
     def __init__(
@@ -191,10 +194,11 @@ class Engine:
             if self._clip is not None or scale != 1.0:
                 arena_optimizer.rescale(gradients, norm, self._clip, scale)
             for values, gradient in self._optimized:
-                values.grad = gradient  # an `optimizer.zero_grad()` out of habit takes it away
-            with self._trace.span(Kind.WAIT, "all ranks' reading"):
-                self._groups.quiesce()
+                values.grad = gradient
+            self.quiesce()
             self.optimizer.step()
+            for values, _ in self._optimized:
+                values.grad = None  # not within reach of an `optimizer.zero_grad()`
             self.refresh_weights()
         self._two_hop.reset(self._trainable_buckets())
         return norm
@@ -210,12 +214,19 @@ class Engine:
         copies = self._groups.replication.size // self._parts
         return (square / copies).sqrt()
 
+    def quiesce(self) -> None:
+        """Until nothing is on its way and no other rank reads this one's weights or gradients; collective.
+        Needed before masters are changed other than by `step`."""
+        self._two_hop.settle()
+        self.finish_refresh()  # of the step before, when no forward came between
+        with self._trace.span(Kind.WAIT, "all ranks' reading"):
+            self._groups.quiesce()
+
     def refresh_weights(self) -> None:
-        """Brings the owners' masters, after a change, to where weights are gathered from. Weights that
-        are still gathered, for a forward that had no backward, are of the past."""
+        """Brings the owners' masters, which were changed after `quiesce`, to where weights are gathered from;
+        collective. Weights that are still gathered, for a forward that had no backward, are of the past."""
         for unit in self.units:
             self._release(unit)
-        self.finish_refresh()  # of the step before, when no forward came between
         self._arenas.refresh_compute()
         if self._parts > 1:
             buckets = list(self._buckets())
@@ -234,6 +245,7 @@ class Engine:
 
     def full_unit(self, unit: Unit) -> Iterator[tuple[str, Tensor]]:
         """The same of one unit; collective."""
+        self._two_hop.settle()
         for bucket in unit.buckets:
             yield from self._whole(bucket, bucket.master)
 
@@ -263,7 +275,11 @@ class Engine:
         return self._groups.read_from
 
     def close(self) -> None:
-        """Removes the hooks. The model's parameters stay without memory."""
+        """Waits for what is on its way, then removes the hooks and ends the process groups; collective. The
+        model's parameters stay without memory, and nothing can be gathered any more."""
+        for unit in self.units:
+            self._release(unit)
+        self._two_hop.settle()
         self.finish_refresh()
         self._hooks.close()
         for handle in self._handles:
@@ -292,8 +308,11 @@ class Engine:
         self._release(unit)
 
     def before_backward(self) -> None:
-        """Raises RuntimeError where it would lead to wrong gradients."""
+        """Raises RuntimeError where it would lead to wrong gradients, UsageError where that is because a
+        parameter was frozen or thawed meanwhile."""
         self._require_complete()
+        for unit in self.units:
+            unit.require_as_sharded()
         if self.loss_scale is not None and not self._scaled:
             raise RuntimeError("with fp16 the loss has to be scaled: call engine.backward(loss)")
 

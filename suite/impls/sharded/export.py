@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from suite.impls.sharded.engine import Engine
+from suite.impls.sharded.parts import persistent_buffers
 
 FILE = "model-{:05}-of-{:05}.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -31,7 +31,8 @@ def save_pretrained(engine: Engine, folder: Path, dtype: torch.dtype = torch.flo
     for unit in engine.units:
         tensors = {name: tensor.to(dtype) for name, tensor in engine.full_unit(unit)}
         if unit.index == 0:
-            tensors |= _persistent_buffers(engine)
+            buffers = persistent_buffers(engine.model)
+            tensors |= {name: buffer.cpu().clone() for name, buffer in buffers.items()}
         if first and tensors:
             file = FILE.format(unit.index + 1, len(engine.units))
             save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -44,17 +45,3 @@ def save_pretrained(engine: Engine, folder: Path, dtype: torch.dtype = torch.flo
         if hasattr(config, "save_pretrained"):
             config.save_pretrained(folder)
     dist.barrier()
-
-
-def _persistent_buffers(engine: Engine) -> dict[str, Tensor]:
-    return {
-        name: buffer.cpu().clone()
-        for name, buffer in engine.model.named_buffers()
-        if not _passing(engine.model, name)
-    }
-
-
-def _passing(model: nn.Module, name: str) -> bool:
-    """Whether a buffer was registered as not persistent."""
-    owner, _, own_name = name.rpartition(".")
-    return own_name in model.get_submodule(owner)._non_persistent_buffers_set

@@ -10,6 +10,7 @@ for number, batch in enumerate(micro_batches):
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -49,6 +50,26 @@ def use_engine_collectives(
     return collectives
 
 
+class _Work(dist.Work):
+    """A handle as FSDP2 knows it: it does not wait for what is no `Work`."""
+
+    def __init__(self, handle: Handle) -> None:
+        super().__init__()
+        self._handle = handle
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        self._handle.wait()
+        return True
+
+
+def _answer(handle: Handle, async_op: bool) -> _Work | None:
+    """Of a collective of torch's: something to wait for, or nothing when that is over."""
+    if async_op:
+        return _Work(handle)
+    handle.wait()
+    return None
+
+
 class _Comm:
     """FSDP2 numbers shards by rank. Native collectives in two stages number them by local rank first
     (`nodes` above 1), and their buffers are re-arranged."""
@@ -70,10 +91,9 @@ class _Comm:
 class AllGather(_Comm):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
-    ) -> Any:
+    ) -> dist.Work | None:
         if self._nodes == 1:
-            handle = self._collectives.all_gather([output_tensor], [input_tensor])
-            return handle if async_op else handle.wait()
+            return _answer(self._collectives.all_gather([output_tensor], [input_tensor]), async_op)
         by_local_rank = torch.empty_like(output_tensor)
         handle = self._collectives.all_gather([by_local_rank], [input_tensor])
         local_size = self._collectives.size // self._nodes
@@ -81,14 +101,13 @@ class AllGather(_Comm):
         def rearrange() -> None:
             output_tensor.copy_(self._rearranged(by_local_rank, local_size))
 
-        done = Handle([handle], rearrange)
-        return done if async_op else done.wait()
+        return _answer(Handle([handle], rearrange), async_op)
 
 
 class ReduceScatter(_Comm):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
-    ) -> Any:
+    ) -> dist.Work | None:
         if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
             raise ValueError(f"reduce-scatter with {op} is not there; use SUM or AVG")
         flat = input_tensor if self._nodes == 1 else self._rearranged(input_tensor, self._nodes)
@@ -98,5 +117,4 @@ class ReduceScatter(_Comm):
             if op == dist.ReduceOp.AVG:
                 output_tensor.div_(self._collectives.size)
 
-        done = Handle([handle], average)
-        return done if async_op else done.wait()
+        return _answer(Handle([handle], average), async_op)

@@ -105,11 +105,12 @@ def _hierarchical(
     node, local_rank = divmod(position, topology.ranks_per_node)
     if direct:
         place = Place(node, topology.nodes_per_group, local_rank, topology.ranks_per_node, in_rank_order)
-        return DirectHierarchicalCollectives(_own_group(members), place)
+        group = _own_group(members)
+        return _owning(DirectHierarchicalCollectives(group, place), group)
     step = topology.ranks_per_node
     across = _own_group([group[local::step] for group in members for local in range(step)])
     inside = _own_group([group[i : i + step] for group in members for i in range(0, len(group), step)])
-    return NativeHierarchicalCollectives(across, inside, device)
+    return _owning(NativeHierarchicalCollectives(across, inside, device), across, inside)
 
 
 def _flat(members: Sequence[Sequence[int]], ranks_per_node: int, kind: Flat) -> Collectives:
@@ -119,8 +120,9 @@ def _flat(members: Sequence[Sequence[int]], ranks_per_node: int, kind: Flat) -> 
     own = next(ranks for ranks in members if rank in ranks)
     group, index = _own_group(members), own.index(rank)
     if kind is CrossMemoryCollectives:
-        return _within_host(group, index, size, {member // ranks_per_node for member in own})
-    return kind(group, index, size)
+        nodes = {member // ranks_per_node for member in own}
+        return _owning(_within_host(group, index, size, nodes), group)
+    return _owning(kind(group, index, size), group)
 
 
 def _within_host(group: dist.ProcessGroup, index: int, size: int, nodes: set[int]) -> Collectives:
@@ -129,6 +131,12 @@ def _within_host(group: dist.ProcessGroup, index: int, size: int, nodes: set[int
         with suppress(OSError):
             return CrossMemoryCollectives(group, index, size)
     return DirectCollectives(group, index, size)
+
+
+def _owning(collectives: Collectives, *groups: dist.ProcessGroup) -> Collectives:
+    """The groups were made for these collectives, and end with them."""
+    collectives.own_groups = groups
+    return collectives
 
 
 def _own_group(members: Sequence[Sequence[int]]) -> dist.ProcessGroup:

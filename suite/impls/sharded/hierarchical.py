@@ -75,8 +75,8 @@ class DirectHierarchicalCollectives(DirectCollectives):
         self._own_tags = count()
 
     def close(self) -> None:
-        super().close()
         self._reducer.close()
+        super().close()
 
     def all_gather(self, fulls: Sequence[Tensor], shards: Sequence[Tensor]) -> Handle:
         place, tag = self._place, 2 * next(self._own_tags)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,8 +33,9 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Training:
     """`position` counts what was consumed of the data; `ranks` and `device` say whose random states there
-    are. `states`: the optimizer's, by name, and whether each is a scalar; `groups`: its groups' settings.
-    `files`: size in bytes and CRC-32 of every other file of the checkpoint."""
+    are. `states`: the optimizer's, by name, and whether each is a scalar; `stateful`: which of them a
+    parameter has (None: all); `groups`: the settings of the optimizer's groups; `buffers`: whether there are
+    the model's. `files`: size in bytes and CRC-32 of every other file of the checkpoint."""
 
     position: int
     ranks: int
@@ -43,7 +45,30 @@ class Training:
     scheduler: dict[str, Any] | None
     loss_scale: dict[str, Any] | None = None
     files: dict[str, list[int]] = field(default_factory=dict)
+    stateful: dict[str, list[str]] | None = None
+    buffers: bool = False
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        for parameter, keys in (self.stateful or {}).items():
+            if unknown := set(keys) - self.states.keys():
+                raise ValueError(f"{parameter} has an unknown state {min(unknown)!r}")
+
+    def states_of(self, parameter: str) -> dict[str, bool]:
+        """The names of its states, and whether each is a scalar."""
+        keys = self.states if self.stateful is None else self.stateful.get(parameter, ())
+        return {key: self.states[key] for key in keys}
+
+
+def merged(trainings: Sequence[Training]) -> Training:
+    """All ranks' as one: each knows only the states of what it owns."""
+    states: dict[str, bool] = {}
+    stateful: dict[str, list[str]] = {}
+    for training in trainings:
+        stateful |= training.stateful or {}
+        for key, is_scalar in training.states.items():
+            states[key] = is_scalar or states.get(key, False)
+    return replace(trainings[0], states=states, stateful=stateful)
 
 
 def write_training(folder: Path, training: Training) -> None:
@@ -51,16 +76,41 @@ def write_training(folder: Path, training: Training) -> None:
 
 
 def read_training(folder: Path) -> Training:
-    """Raises UsageError when there is none, or not one of this format."""
+    """Raises UsageError, without the folder's name, when there is none, or not one of this format."""
     try:
         content = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
         if isinstance(content, dict) and content.get("format") != FORMAT:
-            raise UsageError(f"checkpoint {folder} has format {content.get('format')!r}, not {FORMAT}")
+            raise UsageError(f"it has format {content.get('format')!r}, not {FORMAT}")
         return typed.build(Training, content)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UsageError(f"there is no complete checkpoint in {folder}") from error
+        raise UsageError("it is not there, or not complete") from error
     except (OSError, ValueError, KeyError, RecursionError) as error:
-        raise UsageError(f"checkpoint {folder} cannot be loaded: {TRAINING} is damaged ({error})") from error
+        raise UsageError(f"{TRAINING} is damaged ({error})") from error
+
+
+PAIRS = "(key, value) pairs"
+"""In JSON, a mapping with other keys than text: MultiStepLR's milestones, say."""
+
+
+def to_json(value: Any) -> Any:
+    """A copy of a scheduler's state that JSON can hold. Raises UsageError for what it cannot."""
+    if isinstance(value, dict):
+        items = [[key, to_json(item)] for key, item in value.items()]
+        return dict(items) if all(isinstance(key, str) for key in value) else {PAIRS: items}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise UsageError(f"the scheduler's state holds a {type(value).__name__}, which cannot be saved as JSON")
+
+
+def from_json(value: Any) -> Any:
+    """Mappings with other keys than text come back as counters, which torch's schedulers have there."""
+    if isinstance(value, dict) and value.keys() == {PAIRS}:
+        return Counter({key: from_json(item) for key, item in value[PAIRS]})
+    if isinstance(value, dict):
+        return {key: from_json(item) for key, item in value.items()}
+    return [from_json(item) for item in value] if isinstance(value, list) else value
 
 
 def tensor_files(folder: Path) -> list[Path]:
@@ -97,10 +147,10 @@ def _fingerprint(path: Path) -> list[int]:
 
 def read_whole(folder: Path, group: dist.ProcessGroup | None) -> Training:
     """What is not a tensor, after the ranks have shared out to look whether all files are as written."""
-    training = read_training(folder)
     rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    share = dict(sorted(training.files.items())[rank::ranks])
     with refused(folder):
+        training = together(group, lambda: read_training(folder))[0]
+        share = dict(sorted(training.files.items())[rank::ranks])
         together(group, lambda: verify(folder, share))
     return training
 

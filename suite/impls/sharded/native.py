@@ -135,6 +135,7 @@ class NativeHierarchicalCollectives(Collectives):
 
     def close(self) -> None:
         self._chain.close()
+        super().close()
 
     def all_gather(self, fulls: Sequence[Tensor], shards: Sequence[Tensor]) -> Handle:
         if not fulls:

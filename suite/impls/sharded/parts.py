@@ -6,7 +6,7 @@ range, whatever the partition size; where two ranks hold the same range (MiCS), 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +15,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from suite.impls.sharded.engine import Engine
 from suite.impls.sharded.units import Bucket
+
+Kinds = Callable[[str], Mapping[str, bool]]
+"""The optimizer states of the parameter of that name: each one's name, and whether it is a scalar."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ class Owned:
     """The tensor in the optimizer's groups that holds these elements; None when frozen."""
     at: int
     """Where in it, flattened, they begin."""
+
+    def is_scalar(self, values: Tensor) -> bool:
+        """Of one of the optimizer's states; beside a parameter without dimensions that cannot be seen."""
+        return self.optimized is not None and values.dim() < self.optimized.dim()
 
     def state(self, values: Tensor) -> Part:
         """The same elements of one of the optimizer's states; a scalar state as one element."""
@@ -82,15 +89,45 @@ def owned_by_plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterat
             yield Owned(name, Part(len(values), 0, values), holder, 0)
 
 
-def tensors_of(owned: Sequence[Owned], optimizer: torch.optim.Optimizer) -> dict[str, Part]:
+def states_of(item: Owned, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What the optimizer keeps beside these elements, by name."""
+    kept = {} if item.optimized is None else optimizer.state.get(item.optimized, {})
+    return {key: values for key, values in kept.items() if values is not None}
+
+
+def tensors_of(owned: Sequence[Owned], optimizer: torch.optim.Optimizer, kinds_of: Kinds) -> dict[str, Part]:
+    """The parameters, and of their optimizer states those that `kinds_of` names."""
     tensors = {}
     for item in owned:
         tensors[f"parameters/{item.name}"] = item.part
-        states = optimizer.state.get(item.optimized, {}) if item.optimized is not None else {}
-        for key, values in states.items():
-            if values is not None:
-                tensors[f"optimizer/{key}/{item.name}"] = item.state(values)
+        states = states_of(item, optimizer)
+        for key in kinds_of(item.name) if states else ():
+            tensors[f"optimizer/{key}/{item.name}"] = item.state(states[key])
     return tensors
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What belongs to a model's weights without being trained (BatchNorm's statistics, say), by name."""
+    return {name: buffer for name, buffer in model.named_buffers() if not _passing(model, name)}
+
+
+def _passing(model: nn.Module, name: str) -> bool:
+    """Whether a buffer was registered as not persistent."""
+    owner, _, own_name = name.rpartition(".")
+    return own_name in model.get_submodule(owner)._non_persistent_buffers_set
+
+
+def buffers_of(model: nn.Module) -> dict[str, Part]:
+    """Its persistent buffers, flattened: views where they are contiguous."""
+    flat = {name: buffer.detach().flatten() for name, buffer in persistent_buffers(model).items()}
+    return {f"buffers/{name}": Part(len(values), 0, values) for name, values in flat.items() if len(values)}
+
+
+def set_buffers(model: nn.Module, parts: Mapping[str, Part]) -> None:
+    """From what `buffers_of` gave, filled; others stay as they are."""
+    for name, buffer in persistent_buffers(model).items():
+        if f"buffers/{name}" in parts:
+            buffer.detach().copy_(parts[f"buffers/{name}"].values.view(buffer.shape))
 
 
 def random_states(rank: int, device: torch.device) -> dict[str, Part]:
@@ -100,9 +137,9 @@ def random_states(rank: int, device: torch.device) -> dict[str, Part]:
     return {name: Part(len(state), 0, state) for name, state in states.items()}
 
 
-def make_states(owned: Sequence[Owned], optimizer: torch.optim.Optimizer, kinds: Mapping[str, bool]) -> None:
-    """Empty optimizer states, to be filled, of `kinds`: by name, whether each is a scalar. Scalars (the step
-    count) lie on the device where the optimizer's kernel reads them, else on the CPU."""
+def make_states(owned: Sequence[Owned], optimizer: torch.optim.Optimizer, kinds_of: Kinds) -> None:
+    """Empty optimizer states, to be filled, where one of the parameters that share a tensor has any. Scalars
+    (the step count) lie on the device where the optimizer's kernel reads them, else on the CPU."""
     optimizer.state.clear()
     on_device = {
         id(tensor)
@@ -110,10 +147,13 @@ def make_states(owned: Sequence[Owned], optimizer: torch.optim.Optimizer, kinds:
         for tensor in group["params"]
         if group.get("fused") or group.get("capturable")
     }
-    for holder in {id(item.optimized): item.optimized for item in owned}.values():
+    for item in owned:
+        holder, kinds = item.optimized, kinds_of(item.name)
         if holder is not None and kinds:
+            state = optimizer.state[holder]
             scalar = torch.zeros((), device=holder.device if id(holder) in on_device else "cpu")
-            optimizer.state[holder] = {
-                key: scalar.clone() if is_scalar else torch.zeros_like(holder, requires_grad=False)
-                for key, is_scalar in kinds.items()
-            }
+            for key, is_scalar in kinds.items():
+                if key not in state:
+                    state[key] = (
+                        scalar.clone() if is_scalar else torch.zeros_like(holder, requires_grad=False)
+                    )

@@ -30,7 +30,7 @@ _MAX_VECTORS = 1024  # IOV_MAX
 
 
 class _Vector(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+    _fields_ = (("base", ctypes.c_size_t), ("length", ctypes.c_size_t))
 
 
 class _Time(ctypes.Structure):
@@ -72,12 +72,16 @@ class Board:
 
 
 def own_board(size: int) -> tuple[Board, int]:
-    """This rank's board, and the file descriptor under which peers open it."""
+    """This rank's board, and the file descriptor under which peers open it; then it is to be closed."""
     descriptor = os.memfd_create("suite-board", os.MFD_CLOEXEC)
-    os.ftruncate(descriptor, Board.nbytes(size))
-    board = Board(mmap.mmap(descriptor, Board.nbytes(size)), size)
-    for semaphore in (*board.ready, *board.done):
-        semaphore.initialise()
+    try:
+        os.ftruncate(descriptor, Board.nbytes(size))
+        board = Board(mmap.mmap(descriptor, Board.nbytes(size)), size)
+        for semaphore in (*board.ready, *board.done):
+            semaphore.initialise()
+    except OSError:
+        os.close(descriptor)
+        raise
     return board, descriptor
 
 
@@ -150,28 +154,40 @@ class Peer:
             self._read(spans[start : start + _MAX_VECTORS])
 
     def _read(self, spans: Sequence[Span]) -> None:
-        count = len(spans)
-        here, there = (_Vector * count)(), (_Vector * count)()
-        wanted = 0
+        here, there = (_Vector * len(spans))(), (_Vector * len(spans))()
+        left = 0
         for number, (address, target) in enumerate(spans):
             nbytes = target.numel() * target.element_size()
             here[number] = _Vector(target.data_ptr(), nbytes)
             there[number] = _Vector(address, nbytes)
-            wanted += nbytes
-        got = _libc.process_vm_readv(
+            left += nbytes
+        first = 0
+        while left:
+            got = self._read_some(here, there, first)
+            if got <= 0:
+                raise self._failure(left)
+            self.read_bytes += got
+            left -= got
+            if left:  # Linux moves 2 GiB at a time
+                first = _advance(here, there, first, got)
+
+    def _read_some(self, here: ctypes.Array[_Vector], there: ctypes.Array[_Vector], first: int) -> int:
+        """Vectors from number `first` on; returns how many bytes were read, -1 when none could be."""
+        count = ctypes.c_ulong(len(here) - first)
+        return _libc.process_vm_readv(
             ctypes.c_int(self._pid),
-            here,
-            ctypes.c_ulong(count),
-            there,
-            ctypes.c_ulong(count),
+            ctypes.byref(here[first]),
+            count,
+            ctypes.byref(there[first]),
+            count,
             ctypes.c_ulong(0),
         )
-        if got != wanted:
-            number = ctypes.get_errno()
-            if number == errno.ESRCH:
-                raise self._gone()
-            raise OSError(number, f"read {got} of {wanted} bytes of rank {self.rank}: {os.strerror(number)}")
-        self.read_bytes += wanted
+
+    def _failure(self, left: int) -> OSError:
+        number = ctypes.get_errno()
+        if number == errno.ESRCH:
+            return self._gone()
+        return OSError(number, f"{left} bytes of rank {self.rank} cannot be read: {os.strerror(number)}")
 
     def require_alive(self) -> None:
         try:
@@ -181,3 +197,14 @@ class Peer:
 
     def _gone(self) -> ConnectionError:
         return ConnectionError(f"connection to rank {self.rank} lost: its process is gone")
+
+
+def _advance(here: ctypes.Array[_Vector], there: ctypes.Array[_Vector], first: int, nbytes: int) -> int:
+    """Takes `nbytes`, which have been read, off the vectors from number `first` on; returns the new first."""
+    while nbytes >= here[first].length:
+        nbytes -= here[first].length
+        first += 1
+    for vectors in (here, there):
+        vectors[first].base += nbytes
+        vectors[first].length -= nbytes
+    return first

@@ -123,7 +123,7 @@ class TwoHop:
 
         What no micro-step of this step has written is zero then, not the last step's.
         """
-        self._settle()
+        self.settle()
         replicated = self._groups.replication.size > 1
         missing = [b for b in buckets if replicated and b.has_gradient and not b.synchronized]
         for bucket in missing:
@@ -131,7 +131,7 @@ class TwoHop:
         self._send_on(
             Handle(()), [Addend(bucket, _gradient(bucket), hop2=True) for bucket in missing], "rest"
         )
-        self._settle()
+        self.settle()
         for bucket in buckets:
             if not bucket.has_gradient and bucket.owned_gradient is not None:
                 bucket.owned_gradient.zero_()
@@ -206,8 +206,10 @@ class TwoHop:
         share = self._groups.topology.hop2_inter_node_bytes(sum(item.bucket.nbytes for item in addends))
         self.expected_inter_node_bytes += share / 2 if self._options.optimizer_sharding == "world" else share
 
-    def _settle(self) -> None:
-        """Waits for everything that has been sent, and adds what was set aside."""
+    def settle(self) -> None:
+        """Waits for everything that has been sent, and adds what was set aside. Before the replication group
+        is used from the training thread: calls that the chain has yet to make would come in between, on
+        each rank elsewhere."""
         self._hop1.clear()
         while self._sent:
             sent = self._sent.popleft()

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from suite.errors import UsageError
+
 ALIGNMENT = 64
 """Shards are a multiple of this many elements: 128 bytes or more, as wide loads like it."""
 
@@ -112,9 +114,17 @@ class Unit:
     def slots(self) -> Iterator[Slot]:
         return (slot for bucket in self.buckets for slot in bucket.slots)
 
-    @property
-    def trainable_slots(self) -> list[Slot]:
-        return [slot for bucket in self.buckets if bucket.trainable for slot in bucket.slots]
+    def require_as_sharded(self) -> None:
+        """Raises UsageError for a parameter that was frozen or thawed since: the optimizer would go on moving
+        the one, and does not know of the other."""
+        for bucket in self.buckets:
+            for slot in bucket.slots:
+                if slot.parameter.requires_grad != bucket.trainable:
+                    was, is_now = ("trained", "frozen") if bucket.trainable else ("frozen", "trained")
+                    raise UsageError(
+                        f"{slot.name} was {was} when the model was sharded, and is {is_now} now; set "
+                        "requires_grad before that"
+                    )
 
 
 def find_unit_modules(model: nn.Module) -> list[nn.Module]:
