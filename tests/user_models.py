@@ -67,6 +67,15 @@ def mixtral() -> nn.Module:
     return MixtralForCausalLM(MixtralConfig(**sizes, **heads, **experts))
 
 
+def clip_text() -> nn.Module:
+    """Its embeddings own a buffer alone, and set the weights of the modules inside them."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+    return CLIPTextModel(CLIPTextConfig(**sizes, **ends, intermediate_size=24, max_position_embeddings=32))
+
+
 def vit() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
