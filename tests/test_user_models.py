@@ -11,7 +11,7 @@ from engine_scenarios import WIDTH, Program, Stack, batch_of, compare, one_forwa
 from torch import Tensor, nn
 from user_models import MODELS, gpt2, image_loss, t5, tokens_of, vit
 
-from suite.impls.sharded import Engine, shard
+from suite.impls.sharded import DTYPES, Engine, shard
 from suite.impls.sharded.options import EngineOptions
 from suite.testbeds.local import LocalTestbed
 from suite.testbeds.ranks import LocalRanks
@@ -184,9 +184,10 @@ class UserProgram(Program):
             self._plain_step(plain, optimizer, step, 1)
         return max(worst, self._difference(engine, plain))
 
-    def generates(self, kind: str, own_prompt: bool) -> bool:
+    def generates(self, kind: str, own_prompt: bool, precision: str) -> bool:
         """Whether evaluation between steps writes what the plain model writes."""
-        engine, plain, _ = self._pair({"gpt2": gpt2, "t5": t5}[kind])
+        engine, plain, _ = self._pair({"gpt2": gpt2, "t5": t5}[kind], precision)
+        plain.to(DTYPES[precision])
         tokens = tokens_of(batch_of(self._rank if own_prompt else 0, 0, 0)).clamp(min=3)
         arguments = {"max_new_tokens": 6, "do_sample": False, "synced_gpus": own_prompt}
         engine.backward(engine.model(input_ids=tokens, labels=tokens).loss)
@@ -314,10 +315,13 @@ def test_gradients_of_inputs_are_plain_torch_s(ranks: LocalRanks) -> None:
     assert max(ranks.call("input_gradients", timeout_s=60)) < 1e-5
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("own_prompt", [False, True])
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
-def test_generate_writes_what_the_plain_model_writes(ranks: LocalRanks, kind: str, own_prompt: bool) -> None:
-    assert all(ranks.call("generates", kind, own_prompt, timeout_s=60))
+def test_generate_writes_what_the_plain_model_writes(
+    ranks: LocalRanks, kind: str, own_prompt: bool, precision: str
+) -> None:
+    assert all(ranks.call("generates", kind, own_prompt, precision, timeout_s=60))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

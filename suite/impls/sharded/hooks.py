@@ -10,6 +10,7 @@ had made a unit's first input, it is through with the unit.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -325,15 +326,23 @@ def _require_trainable(unit: Unit, slots: Sequence[Slot]) -> None:
 
 def cast_inputs(dtype: torch.dtype) -> Callable[..., tuple[Any, Any]]:
     """A forward pre-hook that brings fp32 inputs to the dtype of the weights."""
+    return lambda module, arguments, keywords: (_cast(arguments, dtype), _cast(keywords, dtype))
 
-    def cast(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(dtype) if value.dtype is torch.float32 else value
-        if isinstance(value, dict):
-            return {key: cast(item) for key, item in value.items()}
-        return type(value)(cast(item) for item in value) if type(value) in (tuple, list) else value
 
-    return lambda module, arguments, keywords: (cast(arguments), cast(keywords))
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """The same object where nothing in it is fp32: a module may be handed a list to add to."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.dtype is torch.float32 else value
+    hugging_face = isinstance(value, dict) and dataclasses.is_dataclass(value)  # one of its models' outputs
+    if type(value) is dict or hugging_face:
+        parts = {key: _cast(part, dtype) for key, part in value.items()}
+        if all(part is value[key] for key, part in parts.items()):
+            return value
+        return type(value)(**parts) if hugging_face else parts
+    if type(value) in (tuple, list):
+        items = [_cast(item, dtype) for item in value]
+        return value if all(map(operator.is_, items, value)) else type(value)(items)
+    return value
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
