@@ -9,8 +9,9 @@ import pytest
 import torch
 from engine_scenarios import WIDTH, Program, Stack, batch_of, compare, one_forward
 from torch import Tensor, nn
-from user_models import MODELS, gpt2, image_loss, t5, tokens_of, vit
+from user_models import MODELS, ListsInAList, gpt2, image_loss, t5, tokens_of, vit
 
+from suite.errors import UsageError
 from suite.impls.sharded import DTYPES, Engine, shard
 from suite.impls.sharded.options import EngineOptions
 from suite.testbeds.local import LocalTestbed
@@ -112,6 +113,21 @@ class UserProgram(Program):
             f"{unit.name}: {' '.join(sorted(slot.name for slot in unit.slots))}" for unit in engine.units
         ]
         return owned, self._difference(engine, plain)
+
+    def lists_in_a_list(self) -> tuple[list[str], int, int]:
+        """Names of the units, the most that is gathered at a time, and the whole model's size (bytes)."""
+        model = ListsInAList(8)
+        engine = shard(model, sgd(model), options=EngineOptions(poison=True, prefetch_mb=0, coalesce_mb=0))
+        for step in range(3):
+            engine.backward(one_forward(model, batch_of(self._rank, step, 0)))
+            engine.step()
+        whole = sum(unit.nbytes for unit in engine.units)
+        return [unit.name for unit in engine.units], engine.statistics.peak_gathered_bytes, whole
+
+    def compiled_list(self) -> str:
+        model = ListsInAList()
+        options = EngineOptions(compile=True)
+        return message_of(lambda: shard(model, sgd(model), unit_modules=[*model.blocks], options=options))
 
     def foreign_unit(self) -> str:
         model = Stack()
@@ -260,7 +276,7 @@ class UserProgram(Program):
 def message_of(attempt: Callable[[], object]) -> str:
     try:
         attempt()
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, UsageError) as error:
         return str(error)
     return "nothing was raised"
 
@@ -282,6 +298,17 @@ def test_a_unit_within_a_unit_owns_its_own_parameters(ranks: LocalRanks) -> None
     for owned, difference in ranks.call("units_within_units", timeout_s=60):
         assert "blocks.0.inner: blocks.0.inner.bias blocks.0.inner.weight" in owned
         assert len(owned) == 7 and difference < 1e-5
+
+
+def test_what_is_called_in_a_list_of_lists_is_gathered_one_by_one(ranks: LocalRanks) -> None:
+    names, peak, whole = ranks.call("lists_in_a_list", timeout_s=60)[0]
+    assert names[:3] == ["root", "blocks.0.0", "blocks.0.1"] and len(names) == 17
+    assert peak < whole / 2
+
+
+def test_a_list_cannot_be_compiled(ranks: LocalRanks) -> None:
+    answer = ranks.call("compiled_list", timeout_s=60)[0]
+    assert answer == "compile=true: unit blocks.0 is a ModuleList, which has no forward to compile"
 
 
 def test_a_unit_that_is_not_in_the_model_is_refused(ranks: LocalRanks) -> None:

@@ -201,6 +201,28 @@ class UsesOthersWeights(Stack):
         return self.last(x * torch.cat([self.blocks[0].norm.weight, self.blocks[0].norm.bias])[:WIDTH])
 
 
+class ListsInAList(Stack):
+    """Blocks that are lists of their two halves, and never called themselves."""
+
+    def __init__(self, blocks: int = 3) -> None:
+        super().__init__(0)
+        halves = (nn.ModuleList([nn.Linear(WIDTH, WIDTH), Block()]) for _ in range(blocks))
+        self.blocks = nn.ModuleList(halves)
+
+    def body(self, x: Tensor) -> Tensor:
+        for mix, block in self.blocks:
+            x = block(x + torch.tanh(mix(x)))
+        return x
+
+
+class UsesOthersStatistics(Stack):
+    """The root takes two results at once from a block's weight, and backward needs the weight for both."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(self.blocks[1].inner.weight, dim=0)
+        return self.last(self.body(self.first(x) * (1 + variance) + mean))
+
+
 class SameBlockTwice(Stack):
     """One block at two places of the list."""
 
@@ -259,6 +281,8 @@ MODELS: dict[str, tuple[Kind, Loss]] = {
     "low-rank adapters": (LowRankAdapted, one_forward),
     "others' weights": (UsesOthersWeights, one_forward),
     "others' weights, evaluated": (UsesOthersWeights, with_evaluation),
+    "others' statistics": (UsesOthersStatistics, one_forward),
+    "lists in a list": (ListsInAList, one_forward),
     "same block twice": (SameBlockTwice, one_forward),
     "only blocks": (OnlyBlocks, one_forward),
     "sparse gradients": (SparseGradients, one_forward),

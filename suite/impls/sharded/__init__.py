@@ -43,7 +43,7 @@ def shard(
     Every rank calls it, after `init_process_group`, with equal weights and an optimizer that has not
     stepped yet; the optimizer object stays valid, its groups then hold this rank's shards.
     `ranks_per_node` says which ranks are neighbours (by default, all); `unit_modules` are gathered one
-    by one (by default the children of every outermost `ModuleList`); `device` is where to compute (by
+    by one (by default what is called in every outermost `ModuleList`); `device` is where to compute (by
     default where the parameters are). A model on the `meta` device is initialised shard by shard, by
     `initialize`, called as by `nn.Module.apply` (by default in the model's own way). `bf16` and `fp16`
     compute and communicate in that dtype (the model's fp32 inputs are cast) and keep fp32 masters; fp16

@@ -196,10 +196,9 @@ class ModelHooks:
     def _in_use(self, unit: Unit) -> bool:
         return self._uses[unit.index].depth > 0
 
-    def _lend(self, unit: Unit, result: Tensor) -> None:
-        use = self._uses[unit.index]
-        if result.requires_grad and self._training:
-            self._watch_outputs(use, result)
+    def _lend(self, unit: Unit, result: object) -> None:
+        if self._training:
+            self._watch_outputs(self._uses[unit.index], result)
 
     # --- backward
 
