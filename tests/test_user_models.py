@@ -9,7 +9,7 @@ import pytest
 import torch
 from engine_scenarios import WIDTH, Program, Stack, batch_of, compare, one_forward
 from torch import Tensor, nn
-from user_models import MODELS, ListsInAList, gpt2, image_loss, t5, tokens_of, vit
+from user_models import MODELS, ListsInAList, Positions, gpt2, image_loss, t5, tokens_of, vit
 
 from suite.errors import UsageError
 from suite.impls.sharded import DTYPES, Engine, shard
@@ -219,12 +219,13 @@ class UserProgram(Program):
         engine.close()
         return before and after
 
-    def in_low_precision(self, precision: str) -> list[float]:
-        """Losses of a model whose inputs are fp32, on one batch again and again."""
-        engine, _, _ = self._pair(vit, precision)
+    def in_low_precision(self, kind: str, precision: str) -> list[float]:
+        """Losses of a model whose inputs or buffers are fp32, on one batch again and again."""
+        build, loss_of = {"vit": (vit, image_loss), "positions": (Positions, one_forward)}[kind]
+        engine, _, _ = self._pair(build, precision)
         found = []
         for _ in range(5):
-            loss = image_loss(engine.model, batch_of(self._rank, 0, 0))
+            loss = loss_of(engine.model, batch_of(self._rank, 0, 0))
             engine.backward(loss / self._size)
             engine.step()
             found.append(loss.item())
@@ -352,9 +353,12 @@ def test_generate_writes_what_the_plain_model_writes(
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_fp32_inputs_of_a_model_in_low_precision_are_cast(ranks: LocalRanks, precision: str) -> None:
-    low = ranks.call("in_low_precision", precision, timeout_s=60)[0]
-    full = ranks.call("in_low_precision", "fp32", timeout_s=60)[0]
+@pytest.mark.parametrize("kind", ["vit", "positions"])
+def test_what_is_fp32_in_a_model_in_low_precision_is_cast(
+    ranks: LocalRanks, kind: str, precision: str
+) -> None:
+    low = ranks.call("in_low_precision", kind, precision, timeout_s=60)[0]
+    full = ranks.call("in_low_precision", kind, "fp32", timeout_s=60)[0]
     assert low[-1] == pytest.approx(full[-1], rel=0.02) and full[-1] < full[0]
 
 

@@ -223,6 +223,18 @@ class UsesOthersStatistics(Stack):
         return self.last(self.body(self.first(x) * (1 + variance) + mean))
 
 
+class Positions(Stack):
+    """Adds a buffer before the blocks, and before what the root owns after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.linspace(0, 1, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(self.first(x) + self.positions)
+        return self.last(x + self.positions)
+
+
 class SameBlockTwice(Stack):
     """One block at two places of the list."""
 

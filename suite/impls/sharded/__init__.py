@@ -46,8 +46,8 @@ def shard(
     by one (by default what is called in every outermost `ModuleList`); `device` is where to compute (by
     default where the parameters are). A model on the `meta` device is initialised shard by shard, by
     `initialize`, called as by `nn.Module.apply` (by default in the model's own way). `bf16` and `fp16`
-    compute and communicate in that dtype (the model's fp32 inputs are cast) and keep fp32 masters; fp16
-    scales the loss dynamically.
+    compute and communicate in that dtype (fp32 inputs of the model and of units are cast, buffers are
+    not) and keep fp32 masters; fp16 scales the loss dynamically.
 
     Gradients of ranks and micro-steps are *added up*: divide the loss by their number for a mean.
     All ranks must call the same modules in the same order; which parameters a rank's data reaches

@@ -100,7 +100,7 @@ class Engine:
             model.register_load_state_dict_pre_hook(_refuse_state_dict),
         ]
         if dtype is not torch.float32:
-            self._handles.append(model.register_forward_pre_hook(cast_inputs(dtype), with_kwargs=True))
+            self._handles += cast_inputs(model, self.units, dtype)
 
     def _partition(
         self,

@@ -323,9 +323,15 @@ def _require_trainable(unit: Unit, slots: Sequence[Slot]) -> None:
             raise RuntimeError(f"{slot.name} was frozen when the model was sharded, and is trained now")
 
 
-def cast_inputs(dtype: torch.dtype) -> Callable[..., tuple[Any, Any]]:
-    """A forward pre-hook that brings fp32 inputs to the dtype of the weights."""
-    return lambda module, arguments, keywords: (_cast(arguments, dtype), _cast(keywords, dtype))
+def cast_inputs(model: nn.Module, units: Sequence[Unit], dtype: torch.dtype) -> list[RemovableHandle]:
+    """Has fp32 inputs of the model and of every unit brought to the dtype of the weights, the engine's
+    `dtype`. Buffers keep theirs (positions need it), and a sum with one of them is fp32."""
+
+    def cast(module: nn.Module, arguments: Any, keywords: Any) -> tuple[Any, Any]:
+        return _cast(arguments, dtype), _cast(keywords, dtype)
+
+    entries = {model, *(door for unit in units for door in _doors(unit, model))}
+    return [entry.register_forward_pre_hook(cast, with_kwargs=True) for entry in entries]
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
