@@ -225,7 +225,7 @@ class UserProgram(Program):
         engine, _, _ = self._pair(build, precision)
         found = []
         for _ in range(5):
-            loss = loss_of(engine.model, batch_of(self._rank, 0, 0))
+            loss = loss_of(engine.model, batch_of(self._rank, 0, 0)).float()
             engine.backward(loss / self._size)
             engine.step()
             found.append(loss.item())
