@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from engine_scenarios import Checkpointed, CheckpointedReentrant, Frozen, Stack, batch_of, one_forward
+from engine_scenarios import Checkpointed, CheckpointedReentrant, Frozen, Stack, Tied, batch_of, one_forward
 from torch import Tensor, nn
-from user_models import llama, t5
+from user_models import clip_text, gpt2, llama, t5
 
 from suite.config import ModelConfig
+from suite.errors import UsageError
 from suite.impls.sharded import Engine, shard
 from suite.impls.sharded.export import save_pretrained
 from suite.impls.sharded.options import EngineOptions
@@ -21,10 +23,38 @@ from suite.impls.sharded.schedule import Op
 from suite.testbeds.local import LocalTestbed
 from suite.testbeds.ranks import LocalRanks
 from suite.testbeds.testbed import RankContext
-from suite.workloads.models import build_model
+from suite.workloads.models import PAD_TOKEN_ID, build_model
 
 SMALL = ModelConfig(layers=3, hidden=32, heads=4, intermediate=64, vocab=97, seq_len=16)
 TOKENS = torch.arange(2 * 16).view(2, 16) % 97
+
+
+class Wrapped(nn.Module):
+    """A Hugging Face model inside of one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = gpt2()
+        self.head = nn.Linear(16, 3)
+
+
+META: dict[str, tuple[Callable[[], nn.Module], list[str] | None]] = {
+    "t5": (t5, None),
+    "gpt2": (gpt2, None),
+    "gpt2, units inside what initialises them": (gpt2, ["transformer.h.0.attn.c_proj"]),
+    "gpt2, wrapped": (Wrapped, None),
+    "clip": (clip_text, None),
+    "tied": (Tied, None),
+}
+"""How to build it, and the names of the units that are not the default ones."""
+
+
+def alike(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether mean and spread are the same as far as so few samples tell."""
+    spreads, few = [values.std(correction=0) for values in (ours, theirs)], theirs.numel() ** -0.5
+    same_mean = (ours.mean() - theirs.mean()).abs() <= 6 * few * max(spreads) + 1e-7
+    same_spread = max(spreads) - min(spreads) <= (0.1 + 3 * few) * max(spreads) + 1e-7
+    return bool(same_mean and same_spread)
 
 
 class Watched(torch.utils._python_dispatch.TorchDispatchMode):
@@ -66,9 +96,37 @@ class Program:
         parameters = dict(engine.full_parameters())
         return [self._hugging_face_step(engine) for _ in range(3)], parameters, watched.largest
 
+    def meta_statistics(self, kind: str, partition_size: int) -> tuple[list[str], dict[str, Tensor]]:
+        """Of a model that was built on meta: parameters that are not distributed as in one that was
+        not, and all of its parameters."""
+        build, parts = META[kind]
+        with torch.device("meta"):
+            model = build()
+        torch.manual_seed(3 + self._rank)
+        engine = shard(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            partition_size=partition_size,
+            unit_modules=parts and [model.get_submodule(name) for name in parts],
+            device=torch.device("cpu"),
+        )
+        ours = dict(engine.full_parameters())
+        torch.manual_seed(0)
+        theirs = build().named_parameters()
+        return [name for name, values in theirs if not alike(ours[name], values.detach())], ours
+
+    def meta_tags(self) -> bool:
+        """Whether what a model has noted at a parameter is still there."""
+        with torch.device("meta"):
+            model = Stack()
+        model.first.weight.no_decay = True
+        shard(model, torch.optim.SGD(model.parameters(), lr=0.1), device=torch.device("cpu"))
+        return getattr(model.first.weight, "no_decay", False)
+
     def meta_buffers(self, kind: str) -> bool:
         """Whether buffers come out as in a model that was never on meta."""
-        build = {"bert": lambda: build_model(SMALL, seed=0), "llama": llama, "t5": t5}[kind]
+        bert = partial(build_model, SMALL, seed=0)
+        build = {"bert": bert, "llama": llama, "t5": t5, "clip": clip_text}[kind]
         with torch.device("meta"):
             model = build()
         shard(model, torch.optim.SGD(model.parameters(), lr=0.1), device=torch.device("cpu"))
@@ -85,21 +143,26 @@ class Program:
             model = Masked()
         try:
             shard(model, torch.optim.SGD(model.parameters(), lr=1.0), device=torch.device("cpu"))
-        except ValueError as error:
+        except UsageError as error:
             return str(error)
         return "nothing was raised"
 
-    def meta_without_initialisation(self) -> str:
+    def meta_without_initialisation(self, kind: str) -> str:
         class Bare(Stack):
             def __init__(self) -> None:
                 super().__init__()
                 self.lonely = nn.Parameter(torch.zeros(3))
 
+        class Forgetful(nn.Linear):  # its reset_parameters is that of a Linear
+            def __init__(self) -> None:
+                super().__init__(3, 3)
+                self.lonely = nn.Parameter(torch.zeros(3))
+
         with torch.device("meta"):
-            model = Bare()
+            model = {"no reset_parameters": Bare, "one that forgets it": Forgetful}[kind]()
         try:
             shard(model, torch.optim.SGD(model.parameters(), lr=1.0), device=torch.device("cpu"))
-        except ValueError as error:
+        except UsageError as error:
             return str(error)
         return "nothing was raised"
 
@@ -223,9 +286,26 @@ def test_a_model_on_meta_is_initialised_shard_by_shard_alike_on_all_ranks(ranks:
     assert norms and all(torch.equal(value, torch.ones_like(value)) for value in norms)
     embedding = answers[0][1]["bert.embeddings.position_embeddings.weight"]
     assert 0.015 < embedding.std().item() < 0.025, "not the model's own initialisation"
+    tokens = answers[0][1]["bert.embeddings.word_embeddings.weight"]
+    assert not tokens[PAD_TOKEN_ID].any(), "set again by the output layer that is tied to it"
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("partition_size", [1, 2])
+@pytest.mark.parametrize("kind", META)
+def test_weights_on_meta_are_distributed_as_if_they_had_not_been_there(
+    ranks: LocalRanks, kind: str, partition_size: int
+) -> None:
+    answers = ranks.call("meta_statistics", kind, partition_size, timeout_s=60)
+    for different, parameters in answers:
+        assert different == []
+        assert all(torch.equal(value, answers[0][1][name]) for name, value in parameters.items())
+
+
+def test_what_a_model_notes_at_its_parameters_outlives_meta(ranks: LocalRanks) -> None:
+    assert all(ranks.call("meta_tags", timeout_s=60))
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "t5", "clip"])
 def test_buffers_on_meta_come_out_as_if_they_had_not_been_there(ranks: LocalRanks, kind: str) -> None:
     assert all(ranks.call("meta_buffers", kind, timeout_s=60))
 
@@ -235,11 +315,10 @@ def test_a_meta_buffer_that_nothing_fills_is_named(ranks: LocalRanks) -> None:
     assert "buffer mask of Masked is on the meta device" in answer
 
 
-def test_a_meta_module_that_cannot_be_initialised_is_named(ranks: LocalRanks) -> None:
-    assert (
-        "Bare is on the meta device and has no reset_parameters"
-        in ranks.call("meta_without_initialisation", timeout_s=60)[0]
-    )
+@pytest.mark.parametrize("kind", ["no reset_parameters", "one that forgets it"])
+def test_a_meta_parameter_that_nothing_initialises_is_named(ranks: LocalRanks, kind: str) -> None:
+    answer = ranks.call("meta_without_initialisation", kind, timeout_s=60)[0]
+    assert "parameter lonely is on the meta device" in answer
 
 
 def test_an_fp16_overflow_on_one_rank_skips_the_step_on_all(ranks: LocalRanks) -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from engine_scenarios import WIDTH, Program, Stack, batch_of, compare, one_forward
 from torch import Tensor, nn
-from user_models import MODELS, gpt2, image_loss, t5, tokens_of, vit
+from user_models import MODELS, ListsInAList, Positions, gpt2, image_loss, t5, tokens_of, vit
 
 from suite.errors import UsageError
-from suite.impls.sharded import Engine, shard
+from suite.impls.sharded import DTYPES, Engine, shard
 from suite.impls.sharded.options import EngineOptions
 from suite.testbeds.local import LocalTestbed
 from suite.testbeds.ranks import LocalRanks
@@ -116,6 +116,21 @@ class UserProgram(Program):
         ]
         return owned, self._difference(engine, plain)
 
+    def lists_in_a_list(self) -> tuple[list[str], int, int]:
+        """Names of the units, the most that is gathered at a time, and the whole model's size (bytes)."""
+        model = ListsInAList(8)
+        engine = shard(model, sgd(model), options=EngineOptions(poison=True, prefetch_mb=0, coalesce_mb=0))
+        for step in range(3):
+            engine.backward(one_forward(model, batch_of(self._rank, step, 0)))
+            engine.step()
+        whole = sum(unit.nbytes for unit in engine.units)
+        return [unit.name for unit in engine.units], engine.statistics.peak_gathered_bytes, whole
+
+    def compiled_list(self) -> str:
+        model = ListsInAList()
+        options = EngineOptions(compile=True)
+        return message_of(lambda: shard(model, sgd(model), unit_modules=[*model.blocks], options=options))
+
     def foreign_unit(self) -> str:
         model = Stack()
         return message_of(lambda: shard(model, sgd(model), unit_modules=[nn.Linear(2, 2)]))
@@ -188,9 +203,10 @@ class UserProgram(Program):
             self._plain_step(plain, optimizer, step, 1)
         return max(worst, self._difference(engine, plain))
 
-    def generates(self, kind: str, own_prompt: bool) -> bool:
+    def generates(self, kind: str, own_prompt: bool, precision: str) -> bool:
         """Whether evaluation between steps writes what the plain model writes."""
-        engine, plain, _ = self._pair({"gpt2": gpt2, "t5": t5}[kind])
+        engine, plain, _ = self._pair({"gpt2": gpt2, "t5": t5}[kind], precision)
+        plain.to(DTYPES[precision])
         tokens = tokens_of(batch_of(self._rank if own_prompt else 0, 0, 0)).clamp(min=3)
         arguments = {"max_new_tokens": 6, "do_sample": False, "synced_gpus": own_prompt}
         engine.backward(engine.model(input_ids=tokens, labels=tokens).loss)
@@ -206,12 +222,13 @@ class UserProgram(Program):
         engine.close()
         return before and after
 
-    def in_low_precision(self, precision: str) -> list[float]:
-        """Losses of a model whose inputs are fp32, on one batch again and again."""
-        engine, _, _ = self._pair(vit, precision)
+    def in_low_precision(self, kind: str, precision: str) -> list[float]:
+        """Losses of a model whose inputs or buffers are fp32, on one batch again and again."""
+        build, loss_of = {"vit": (vit, image_loss), "positions": (Positions, one_forward)}[kind]
+        engine, _, _ = self._pair(build, precision)
         found = []
         for _ in range(5):
-            loss = image_loss(engine.model, batch_of(self._rank, 0, 0))
+            loss = loss_of(engine.model, batch_of(self._rank, 0, 0)).float()
             engine.backward(loss / self._size)
             engine.step()
             found.append(loss.item())
@@ -288,6 +305,17 @@ def test_a_unit_within_a_unit_owns_its_own_parameters(ranks: LocalRanks) -> None
         assert len(owned) == 7 and difference < 1e-5
 
 
+def test_what_is_called_in_a_list_of_lists_is_gathered_one_by_one(ranks: LocalRanks) -> None:
+    names, peak, whole = ranks.call("lists_in_a_list", timeout_s=60)[0]
+    assert names[:3] == ["root", "blocks.0.0", "blocks.0.1"] and len(names) == 17
+    assert peak < whole / 2
+
+
+def test_a_list_cannot_be_compiled(ranks: LocalRanks) -> None:
+    answer = ranks.call("compiled_list", timeout_s=60)[0]
+    assert answer == "compile=true: unit blocks.0 is a ModuleList, which has no forward to compile"
+
+
 def test_a_unit_that_is_not_in_the_model_is_refused(ranks: LocalRanks) -> None:
     assert "a Linear is not a part of the model" in ranks.call("foreign_unit", timeout_s=60)[0]
 
@@ -319,16 +347,22 @@ def test_gradients_of_inputs_are_plain_torch_s(ranks: LocalRanks) -> None:
     assert max(ranks.call("input_gradients", timeout_s=60)) < 1e-5
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("own_prompt", [False, True])
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
-def test_generate_writes_what_the_plain_model_writes(ranks: LocalRanks, kind: str, own_prompt: bool) -> None:
-    assert all(ranks.call("generates", kind, own_prompt, timeout_s=60))
+def test_generate_writes_what_the_plain_model_writes(
+    ranks: LocalRanks, kind: str, own_prompt: bool, precision: str
+) -> None:
+    assert all(ranks.call("generates", kind, own_prompt, precision, timeout_s=60))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_fp32_inputs_of_a_model_in_low_precision_are_cast(ranks: LocalRanks, precision: str) -> None:
-    low = ranks.call("in_low_precision", precision, timeout_s=60)[0]
-    full = ranks.call("in_low_precision", "fp32", timeout_s=60)[0]
+@pytest.mark.parametrize("kind", ["vit", "positions"])
+def test_what_is_fp32_in_a_model_in_low_precision_is_cast(
+    ranks: LocalRanks, kind: str, precision: str
+) -> None:
+    low = ranks.call("in_low_precision", kind, precision, timeout_s=60)[0]
+    full = ranks.call("in_low_precision", kind, "fp32", timeout_s=60)[0]
     assert low[-1] == pytest.approx(full[-1], rel=0.02) and full[-1] < full[0]
 
 

@@ -67,6 +67,15 @@ def mixtral() -> nn.Module:
     return MixtralForCausalLM(MixtralConfig(**sizes, **heads, **experts))
 
 
+def clip_text() -> nn.Module:
+    """Its embeddings own a buffer alone, and set the weights of the modules inside them."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+    return CLIPTextModel(CLIPTextConfig(**sizes, **ends, intermediate_size=24, max_position_embeddings=32))
+
+
 def vit() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -192,6 +201,40 @@ class UsesOthersWeights(Stack):
         return self.last(x * torch.cat([self.blocks[0].norm.weight, self.blocks[0].norm.bias])[:WIDTH])
 
 
+class ListsInAList(Stack):
+    """Blocks that are lists of their two halves, and never called themselves."""
+
+    def __init__(self, blocks: int = 3) -> None:
+        super().__init__(0)
+        halves = (nn.ModuleList([nn.Linear(WIDTH, WIDTH), Block()]) for _ in range(blocks))
+        self.blocks = nn.ModuleList(halves)
+
+    def body(self, x: Tensor) -> Tensor:
+        for mix, block in self.blocks:
+            x = block(x + torch.tanh(mix(x)))
+        return x
+
+
+class UsesOthersStatistics(Stack):
+    """The root takes two results at once from a block's weight, and backward needs the weight for both."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(self.blocks[1].inner.weight, dim=0)
+        return self.last(self.body(self.first(x) * (1 + variance) + mean))
+
+
+class Positions(Stack):
+    """Adds a buffer before the blocks, and before what the root owns after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.linspace(0, 1, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(self.first(x) + self.positions)
+        return self.last(x + self.positions)
+
+
 class SameBlockTwice(Stack):
     """One block at two places of the list."""
 
@@ -250,6 +293,8 @@ MODELS: dict[str, tuple[Kind, Loss]] = {
     "low-rank adapters": (LowRankAdapted, one_forward),
     "others' weights": (UsesOthersWeights, one_forward),
     "others' weights, evaluated": (UsesOthersWeights, with_evaluation),
+    "others' statistics": (UsesOthersStatistics, one_forward),
+    "lists in a list": (ListsInAList, one_forward),
     "same block twice": (SameBlockTwice, one_forward),
     "only blocks": (OnlyBlocks, one_forward),
     "sparse gradients": (SparseGradients, one_forward),

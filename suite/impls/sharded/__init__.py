@@ -43,16 +43,17 @@ def shard(
     Every rank calls it, after `init_process_group`, with equal weights and an optimizer that has not
     stepped yet; the optimizer object stays valid, its groups then hold this rank's shards.
     `ranks_per_node` says which ranks are neighbours (by default, all); `unit_modules` are gathered one
-    by one (by default the children of every outermost `ModuleList`); `device` is where to compute (by
-    default where the parameters are). A model on the `meta` device is initialised shard by shard,
-    each module by `initialize` (by default the model's own way). `bf16` and `fp16` compute and
-    communicate in that dtype (the model's fp32 inputs are cast) and keep fp32 masters; fp16 scales the
-    loss dynamically.
+    by one (by default what is called in every outermost `ModuleList`); `device` is where to compute (by
+    default where the parameters are). A model on the `meta` device is initialised shard by shard, by
+    `initialize`, called as by `nn.Module.apply` (by default in the model's own way). `bf16` and `fp16`
+    compute and communicate in that dtype (fp32 inputs of the model and of units are cast, buffers are
+    not) and keep fp32 masters; fp16 scales the loss dynamically.
 
     Gradients of ranks and micro-steps are *added up*: divide the loss by their number for a mean.
     All ranks must call the same modules in the same order; which parameters a rank's data reaches
     inside them may differ. Outside of the model's calls its weights have no memory.
-    Raises ValueError for sizes that do not divide the world.
+    Raises ValueError for sizes that do not divide the world, UsageError for a weight on `meta` that no
+    initialisation sets.
     """
     if precision not in DTYPES:
         raise ValueError(f"precision={precision!r} is not one of {', '.join(DTYPES)}")

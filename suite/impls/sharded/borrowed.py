@@ -24,7 +24,7 @@ class BorrowedWeights(TorchFunctionMode):
         units: Sequence[Unit],
         in_use: Callable[[Unit], bool],
         fetch: Callable[[Unit], None],
-        lent: Callable[[Unit, Tensor], None],
+        lent: Callable[[Unit, object], None],
     ) -> None:
         super().__init__()
         self._unit_of = {id(slot.parameter): unit for unit in units for slot in unit.slots}
@@ -47,7 +47,7 @@ class BorrowedWeights(TorchFunctionMode):
         for unit in borrowed:
             self._fetch(unit)
         result = function(*arguments, **keywords)
-        if borrowed and isinstance(result, Tensor):
+        if borrowed and any(isinstance(value, Tensor) for value in _flat([result])):
             self.found = True
             for unit in borrowed:
                 self._lent(unit, result)

@@ -20,7 +20,7 @@ from suite.impls.sharded.compiling import compile_units
 from suite.impls.sharded.groups import Groups
 from suite.impls.sharded.hooks import ModelHooks, cast_inputs
 from suite.impls.sharded.ledger import make_ledger
-from suite.impls.sharded.materialize import Initialize, allocate_buffers, initialize_buffers, materialize
+from suite.impls.sharded.materialize import Initialize, Materializer
 from suite.impls.sharded.options import EngineOptions
 from suite.impls.sharded.schedule import Action, Event, Op, Phase, Scheduler
 from suite.impls.sharded.two_hop import TRAINING, TwoHop
@@ -103,7 +103,7 @@ class Engine:
             model.register_load_state_dict_pre_hook(_refuse_state_dict),
         ]
         if dtype is not torch.float32:
-            self._handles.append(model.register_forward_pre_hook(cast_inputs(dtype), with_kwargs=True))
+            self._handles += cast_inputs(model, self.units, dtype)
 
     def _partition(
         self,
@@ -133,11 +133,11 @@ class Engine:
         self._arenas = build_arenas(
             units, self._options.contiguous_arenas, partition.index, part, self._parts
         )
-        buffers = allocate_buffers(self.model, device)
+        materializer = Materializer(self.model, device, initialize)
         for unit in units:
-            materialize(self.model, unit, device, initialize)
+            materializer.materialize(unit)
             take_over(unit, partition.index)
-        initialize_buffers(self.model, buffers, initialize)
+        materializer.finish()
         for buffer in self.model.buffers():
             buffer.data = buffer.data.to(device)
         self._optimized = arena_optimizer.rebind(self.optimizer, units)

@@ -10,6 +10,7 @@ had made a unit's first input, it is through with the unit.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -195,10 +196,9 @@ class ModelHooks:
     def _in_use(self, unit: Unit) -> bool:
         return self._uses[unit.index].depth > 0
 
-    def _lend(self, unit: Unit, result: Tensor) -> None:
-        use = self._uses[unit.index]
-        if result.requires_grad and self._training:
-            self._watch_outputs(use, result)
+    def _lend(self, unit: Unit, result: object) -> None:
+        if self._training:
+            self._watch_outputs(self._uses[unit.index], result)
 
     # --- backward
 
@@ -312,17 +312,31 @@ def _has_gradients(unit: Unit) -> bool:
     return any(slot.parameter.grad is not None for slot in unit.slots)
 
 
-def cast_inputs(dtype: torch.dtype) -> Callable[..., tuple[Any, Any]]:
-    """A forward pre-hook that brings fp32 inputs to the dtype of the weights."""
+def cast_inputs(model: nn.Module, units: Sequence[Unit], dtype: torch.dtype) -> list[RemovableHandle]:
+    """Has fp32 inputs of the model and of every unit brought to the dtype of the weights, the engine's
+    `dtype`. Buffers keep theirs (positions need it), and a sum with one of them is fp32."""
 
-    def cast(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(dtype) if value.dtype is torch.float32 else value
-        if isinstance(value, dict):
-            return {key: cast(item) for key, item in value.items()}
-        return type(value)(cast(item) for item in value) if type(value) in (tuple, list) else value
+    def cast(module: nn.Module, arguments: Any, keywords: Any) -> tuple[Any, Any]:
+        return _cast(arguments, dtype), _cast(keywords, dtype)
 
-    return lambda module, arguments, keywords: (cast(arguments), cast(keywords))
+    entries = {model, *(door for unit in units for door in _doors(unit, model))}
+    return [entry.register_forward_pre_hook(cast, with_kwargs=True) for entry in entries]
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """The same object where nothing in it is fp32: a module may be handed a list to add to."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.dtype is torch.float32 else value
+    hugging_face = isinstance(value, dict) and dataclasses.is_dataclass(value)  # one of its models' outputs
+    if type(value) is dict or hugging_face:
+        parts = {key: _cast(part, dtype) for key, part in value.items()}
+        if all(part is value[key] for key, part in parts.items()):
+            return value
+        return type(value)(**parts) if hugging_face else parts
+    if type(value) in (tuple, list):
+        items = [_cast(item, dtype) for item in value]
+        return value if all(map(operator.is_, items, value)) else type(value)(items)
+    return value
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:

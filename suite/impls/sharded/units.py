@@ -128,15 +128,29 @@ class Unit:
 
 
 def find_unit_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules to gather one by one: the children of every outermost `ModuleList` (the blocks of
-    any stack). What no child owns goes with the model itself, the root unit."""
+    """The modules to gather one by one: what is called in every outermost `ModuleList` (the blocks of
+    any stack). What none of them owns goes with the model itself, the root unit."""
     blocks: list[nn.Module] = []
     stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     for name, stack in stacks:
         inside = any(name.startswith(other + ".") for other, _ in stacks if other != name)
         if not inside:
-            blocks += [child for child in stack if any(True for _ in child.parameters())]
+            blocks += [block for child in stack for block in _called(child)]
     return blocks
+
+
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """The module or, of a mere container (a list in a list), the modules in it; those with weights."""
+    if not can_be_called(module):
+        for child in module.children():
+            yield from _called(child)
+    elif any(True for _ in module.parameters()):
+        yield module
+
+
+def can_be_called(module: nn.Module) -> bool:
+    """Whether it has a forward: weights of a module that is never called are never gathered for it."""
+    return getattr(module.forward, "__func__", None) is not nn.Module.forward
 
 
 def name_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
