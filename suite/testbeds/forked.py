@@ -30,6 +30,7 @@ import torch.distributed as dist
 from suite.testbeds.devices import bound, stay_off_devices
 from suite.testbeds.process import ChildProcess
 from suite.testbeds.ranks import LocalRanks, Raised, Rank
+from suite.testbeds.signals import ENDING, uninterrupted
 from suite.testbeds.testbed import Program, RankContext
 from suite.testbeds.whereabouts import Whereabouts
 
@@ -70,8 +71,10 @@ class Site:
 @contextmanager
 def forked_ranks(program: Program, site: Site, startup_timeout_s: float) -> Iterator[LocalRanks]:
     """Ranks running `program` at that site; all of them have ended when the context is left."""
-    ranks = LocalRanks(_fork(program, site))
+    ranks = LocalRanks([])
     try:
+        with uninterrupted():
+            ranks = LocalRanks(_fork(program, site))
         ranks.answers("start-up", startup_timeout_s)
         yield ranks
         ranks.end()
@@ -82,15 +85,12 @@ def forked_ranks(program: Program, site: Site, startup_timeout_s: float) -> Iter
 
 def _fork(program: Program, site: Site) -> list[Rank]:
     ranks: list[Rank] = []
-    before = set(multiprocessing.active_children())
     try:
         for number in range(site.ranks):
             ours, theirs = _FORK.Pipe()
             ranks.append(Rank(number, fork_rank(number, program, site, theirs), ours))
     except BaseException:
         LocalRanks(ranks).kill()
-        for process in set(multiprocessing.active_children()) - before:
-            process.kill()  # started, but an interruption came before it was noted
         raise
     finally:
         if site.listener is not None:
@@ -173,7 +173,7 @@ def _become_rank_process(log: int, parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # the parent died before prctl took effect
         os._exit(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING:
         signal.signal(number, signal.SIG_DFL)
     os.dup2(log, sys.__stdout__.fileno() if sys.__stdout__ else 1)
     os.dup2(log, sys.__stderr__.fileno() if sys.__stderr__ else 2)
