@@ -227,11 +227,12 @@ class UserProgram(Program):
         build, loss_of = {"vit": (vit, image_loss), "positions": (Positions, one_forward)}[kind]
         engine, _, _ = self._pair(build, precision)
         found = []
-        for _ in range(5):
+        while len(found) < 5:
             loss = loss_of(engine.model, batch_of(self._rank, 0, 0)).float()
             engine.backward(loss / self._size)
             engine.step()
-            found.append(loss.item())
+            if not engine.skipped:  # fp16 finds its scale first
+                found.append(loss.item())
         return found
 
     def refused(self, what: str) -> str:
