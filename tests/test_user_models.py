@@ -179,6 +179,16 @@ class UserProgram(Program):
             self._plain_step(plain, optimizer, step, 1)
         return self._difference(engine, plain)
 
+    def cleared_in_the_wrong_place(self) -> float:
+        """Between backward and step, where plain torch would lose the gradients."""
+        engine, plain, optimizer = self._pair()
+        for step in range(3):
+            engine.backward(one_forward(engine.model, batch_of(self._rank, step, 0)))
+            engine.optimizer.zero_grad(set_to_none=False)
+            engine.step()
+            self._plain_step(plain, optimizer, step, 1)
+        return self._difference(engine, plain)
+
     def forward_without_backward(self) -> float:
         """Its weights must not be taken for those after the step."""
         engine, plain, optimizer = self._pair()
@@ -338,6 +348,10 @@ def test_incomplete_gradients_are_not_stepped_with(ranks: LocalRanks) -> None:
 
 def test_clearing_gradients_as_in_plain_torch_does_no_harm(ranks: LocalRanks) -> None:
     assert max(ranks.call("out_of_habit", timeout_s=60)) < 1e-5
+
+
+def test_clearing_gradients_of_the_optimizer_reaches_no_sums(ranks: LocalRanks) -> None:
+    assert max(ranks.call("cleared_in_the_wrong_place", timeout_s=60)) < 1e-5
 
 
 def test_weights_gathered_before_a_step_are_not_used_after_it(ranks: LocalRanks) -> None:
