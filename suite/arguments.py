@@ -69,7 +69,7 @@ def _projecting(add: Add) -> None:
     project.add_argument("--timeline", action="store_true", help="keep a part of it in the record")
     project.add_argument("--picture", type=Path, help="draw a part of the timeline, as SVG or PDF")
     what = project.add_mutually_exclusive_group()
-    what.add_argument("--scaling", action="store_true", help="weak scaling from 8 to 100,000 GPUs")
+    what.add_argument("--scaling", action="store_true", help="weak scaling from 8 to 100,352 GPUs")
     what.add_argument("--published", action="store_true", help="published numbers beside projected ones")
     what.add_argument("--elsewhere", action="store_true", help="the same for runs that nothing was fitted to")
     what.add_argument("--emulated", type=Path, help="hold projections against this folder's emulated records")

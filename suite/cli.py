@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -17,12 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
 from suite.arguments import parse
 from suite.config import Config
 from suite.config_load import dotlist_value, load
 from suite.errors import SuiteError, UsageError
-from suite.records import AnyRecord, CheckRecord, ProjectionRecord, append, read, to_json
+from suite.records import RECORDS, AnyRecord, CheckRecord, ProjectionRecord, append, read, to_json
 from suite.secrets import mask
 
 if TYPE_CHECKING:  # importing the harness takes seconds, which a wrong option need not pay
@@ -34,8 +34,8 @@ class _Console(Console):
         raise BrokenPipeError  # for `main` to answer
 
 
-stderr = _Console(stderr=True)
-stdout = _Console()
+stderr = _Console(stderr=True, markup=False)  # texts may hold anything, brackets included
+stdout = _Console(markup=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +82,9 @@ def _ended_in_order() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread only
         return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # One that is ignored (`nohup`) stays ignored.
+    heard = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield
     finally:
@@ -100,8 +102,11 @@ def _run(parsed: argparse.Namespace) -> int:
     config = load(parsed.options)
     if parsed.dry_run:
         return _print_scripts("run", config)
-    with stderr.status("starting") as status:
-        result = Commands(parsed.seats).run(config, status.update)
+    commands = Commands(parsed.seats)
+    with _status("starting") as say:
+        result = commands.run(config, say)
+    _keep(config, result)
+    commands.has_kept(config)
     _show(config, result, parsed.json)
     return 0
 
@@ -112,16 +117,23 @@ def _check(parsed: argparse.Namespace) -> int:
     config = load(parsed.options)
     if parsed.dry_run:
         return _print_scripts("check", config)
-    with stderr.status(f"checking {config.impl.name} against plain torch") as status:
-        result = Commands(parsed.seats).check(config, status.update)
+    with _status(f"checking {config.impl.name} against plain torch") as say:
+        result = Commands(parsed.seats).check(config, say)
+    _keep(config, result)
     _show(config, result, parsed.json)
     return 0 if result.ok else 1
+
+
+@contextmanager
+def _status(doing: str) -> Iterator[Callable[[str], None]]:
+    """What it says may hold anything, so none of it is markup."""
+    with stderr.status(Text(doing)) as status:
+        yield lambda text: status.update(Text(text))
 
 
 def _show(config: Config, record: AnyRecord, as_json: bool) -> None:
     from suite.reports.terminal import terminal_table
 
-    _keep(config, record)
     if as_json:
         print(to_json(record), flush=True)
     else:
@@ -152,6 +164,7 @@ def _project(parsed: argparse.Namespace) -> int:
     from suite.projection import commands
 
     if parsed.emulated is not None:
+        _require_nothing_else(parsed)
         records, shown = commands.against_emulation(_read_results(parsed.emulated), parsed.markdown)
     else:
         _require_drawable(parsed.picture)
@@ -165,12 +178,20 @@ def _project(parsed: argparse.Namespace) -> int:
         if parsed.picture is not None:
             _draw(records[0], parsed.picture)
     for record in records if parsed.out is not None else ():
-        append(parsed.out / "records.jsonl", record)
+        append(parsed.out / RECORDS, record)
     if parsed.json:
         print(commands.to_json(records))
     else:
         stdout.print(shown, soft_wrap=parsed.markdown)
     return 0
+
+
+def _require_nothing_else(parsed: argparse.Namespace) -> None:
+    if parsed.options or parsed.trace or parsed.timeline or parsed.picture:
+        raise UsageError(
+            "--emulated projects the runs that are in those results; leave options, --trace, --timeline and "
+            "--picture out"
+        )
 
 
 def _require_drawable(picture: Path | None) -> None:
@@ -200,7 +221,7 @@ def _plan(parsed: argparse.Namespace) -> int:
 def _keep(config: Config, record: AnyRecord) -> None:
     """Adds the record to `out`, when an output folder is named."""
     if config.out is not None:
-        append(Path(config.out) / "records.jsonl", record)
+        append(Path(config.out) / RECORDS, record)
 
 
 def _log_result(config: Config) -> None:
@@ -222,7 +243,7 @@ def _sweep(parsed: argparse.Namespace) -> int:
         return 0
     with _progress_bar() as observe:
         outcome = Commands(parsed.seats).sweep(cohorts, parsed.out, observe, project_record)
-    stdout.print(terminal_table(read(parsed.out / "records.jsonl")))
+    stdout.print(terminal_table(read(parsed.out / RECORDS)))
     stderr.print(
         f"{len(outcome.finished)} cells run, {outcome.skipped} were finished before, "
         f"{len(outcome.failures)} failed; results in {parsed.out}"
@@ -246,7 +267,7 @@ def _overrides(words: Sequence[str]) -> dict[str, object]:
 @contextmanager
 def _progress_bar() -> Iterator[Callable[[Progress], None]]:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
-    with Bar(*columns, TextColumn("{task.description}"), console=stderr) as bar:
+    with Bar(*columns, TextColumn("{task.description}", markup=False), console=stderr) as bar:
         task = bar.add_task("starting", total=None, left="")
         last = ""
 
@@ -345,19 +366,21 @@ def _compare(parsed: argparse.Namespace) -> int:
 
 
 def _read_results(folder: Path) -> list[AnyRecord]:
-    file = folder / "records.jsonl" if folder.is_dir() else folder
+    file = folder / RECORDS if folder.is_dir() else folder
     if not file.exists():
         raise UsageError(f"there are no results in {str(folder)!r}; run `suite sweep` first")
     return read(file)
 
 
 def _timeline(parsed: argparse.Namespace) -> int:
-    from suite.harness.timeline import chrome_trace, trace_step
+    from suite.harness.timeline import trace_step, write_timeline
 
     config = load(parsed.options)
-    with stderr.status(f"tracing a step of {config.impl.name}"):
+    if parsed.out.is_dir():
+        raise UsageError(f"--out {parsed.out} is a folder; name a file, such as {parsed.out / 'step.json'}")
+    with _status(f"tracing a step of {config.impl.name}"):
         timeline = trace_step(config)
-    parsed.out.write_text(json.dumps(chrome_trace(timeline)))
+    write_timeline(parsed.out, timeline)
     stdout.print(f"timeline: {parsed.out} (open it in ui.perfetto.dev)", soft_wrap=True)
     return 0
 
@@ -369,13 +392,14 @@ def _doctor(parsed: argparse.Namespace) -> int:
     if parsed.options and not parsed.cluster:
         raise UsageError("`suite doctor` takes options with --cluster only")
     if parsed.cluster:
-        with stderr.status("looking at the nodes") as status:
-            findings = Commands(parsed.seats).examine_cluster(parsed.options, status.update)
+        with _status("looking at the nodes") as say:
+            findings = Commands(parsed.seats).examine_cluster(parsed.options, say)
     else:
         findings = examine()
     table = Table("", "what", "detail", "what to do")
     for finding in findings:
-        table.add_row("ok" if finding.ok else "no", finding.what, finding.detail, finding.remedy)
+        texts = map(Text, (finding.what, finding.detail, finding.remedy))
+        table.add_row("ok" if finding.ok else "no", *texts)
     stdout.print(table)
     return 1 if parsed.cluster and not all(finding.ok for finding in findings) else 0
 

@@ -88,7 +88,8 @@ class TestbedConfig:
     for which this host is fast enough.
 
     `timeout_s` is how long all ranks of a run may stand still (begin no block, finish no collective)
-    before it is ended; `startup_timeout_s` the same for building and compiling the model. With
+    before it is ended; `startup_timeout_s` the same for building and compiling the model, a checkpoint that
+    is read or written, a check's reference and comparison. With
     `min_ranks` a training that saves checkpoints goes on with fewer ranks, down to that many, when one fails.
 
     `alone`: the implementations of a cohort are not alive together, each in a part of the memory, but

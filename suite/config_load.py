@@ -14,7 +14,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from suite.config import CONFIGS, ClusterConfig, Config, presets
 from suite.config_rules import resolve
-from suite.errors import UsageError, unknown
+from suite.errors import UsageError, first_line, unknown
 
 SHORT_KEYS = ("impl", "testbed", "workload", "cluster")
 """Keys with a name of their own, which may be given alone: `impl=ddp`."""
@@ -35,7 +35,7 @@ def load(overrides: Iterable[str] | Mapping[str, Any] = ()) -> Config:
                 given[key] = {"name": given[key]}
         config = _typed(given)
     except (OmegaConfBaseException, RecursionError) as error:
-        raise UsageError(f"cannot read the configuration: {_first_line(error)}") from error
+        raise UsageError(f"cannot read the configuration: {first_line(error)}") from error
     return resolve(config)
 
 
@@ -44,7 +44,7 @@ def dotlist_value(text: str) -> Any:
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
     except Exception as error:  # yaml's own errors share no base class with OmegaConf's
-        raise UsageError(f"cannot read {text!r} as a value: {_first_line(error)}") from error
+        raise UsageError(f"cannot read {text!r} as a value: {first_line(error)}") from error
     assert isinstance(value, dict)
     _refuse_references(value)
     return value["value"]
@@ -86,7 +86,7 @@ def _given(overrides: Iterable[str] | Mapping[str, Any]) -> DictConfig:
         try:
             result = OmegaConf.create(dict(overrides))
         except Exception as error:  # keys and values that OmegaConf has no types for
-            raise UsageError(f"cannot read the configuration: {_first_line(error)}") from error
+            raise UsageError(f"cannot read the configuration: {first_line(error)}") from error
     else:
         words = list(overrides)
         for word in words:
@@ -101,7 +101,7 @@ def _given(overrides: Iterable[str] | Mapping[str, Any]) -> DictConfig:
         try:
             result = OmegaConf.from_dotlist(words)
         except Exception as error:
-            raise UsageError(f"cannot read the options {words}: {_first_line(error)}") from error
+            raise UsageError(f"cannot read the options {words}: {first_line(error)}") from error
     assert isinstance(result, DictConfig)
     return result
 
@@ -114,7 +114,7 @@ def _merge(base: Any, extra: Any) -> DictConfig:
         raise unknown("key", key, key_names(Config(cluster=ClusterConfig()))) from error
     except OmegaConfBaseException as error:
         where = error.full_key or "a group of keys"
-        raise UsageError(f"bad value for {where}: {_first_line(error)}") from error
+        raise UsageError(f"bad value for {where}: {first_line(error)}") from error
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -127,7 +127,3 @@ def key_names(node: Any, prefix: str = "") -> list[str]:
         name = prefix + item.name
         names += [name, *key_names(value, name + ".")] if is_dataclass(value) else [name]
     return names
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,6 +13,7 @@ from suite.errors import UsageError, unknown
 from suite.secrets import names_a_secret
 
 _RATES = ("peak_tflops", "memory_gb", "memory_gb_s", "intra_node_gb_s", "inter_node_gbit_s")
+_LEAST = (("nodes", 1), ("gpus_per_node", 1), ("intra_node_latency_us", 0), ("inter_node_latency_us", 0))
 """Of a cluster."""
 
 
@@ -21,6 +22,9 @@ def resolve(config: Config) -> Config:
     _require_finite(config.to_dict())
     _require_cluster_settings(config)
     _resolve_ranks(config.testbed)
+    most, nodes = config.testbed.max_nodes, config.testbed.nodes or 1
+    if config.testbed.name == "slurm" and most is not None:
+        _require(most >= nodes, "testbed.max_nodes", most, f"at least {nodes}")
     train, model = config.train, config.workload.model
     for key in ("micro_batch", "micro_steps", "steps"):
         _require(getattr(train, key) >= 1, f"train.{key}", getattr(train, key), "at least 1")
@@ -104,6 +108,8 @@ def _require_cluster_settings(config: Config) -> None:
         _require(ok, "an option in testbed.sbatch", option, "like --name or --name=value")
     for key in _RATES if cluster is not None else ():
         _require(getattr(cluster, key) > 0, f"cluster.{key}", getattr(cluster, key), "above 0")
+    for key, least in _LEAST if cluster is not None else ():
+        _require(getattr(cluster, key) >= least, f"cluster.{key}", getattr(cluster, key), f"at least {least}")
     for name in cluster.env if cluster is not None else ():
         _require(re.fullmatch(r"[A-Za-z_]\w*", name) is not None, "cluster.env", name, "a variable's name")
         if names_a_secret(name):
@@ -117,9 +123,6 @@ def _require_cluster_settings(config: Config) -> None:
             testbed.ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", testbed.ranks))
         elif cluster is not None:
             testbed.ranks_per_node = cluster.gpus_per_node
-    if testbed.name == "slurm" and testbed.max_nodes is not None:
-        wanted = testbed.nodes or 1
-        _require(testbed.max_nodes >= wanted, "testbed.max_nodes", testbed.max_nodes, f"at least {wanted}")
 
 
 def _resolve_ranks(testbed: TestbedConfig) -> None:

@@ -46,6 +46,11 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def first_line(error: BaseException) -> str:
+    """What it says, as one line; its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def unknown(kind: str, value: str, known: Iterable[str]) -> UsageError:
     """The error for a name that does not exist, naming the closest one that does."""
     names = sorted(known)

@@ -18,6 +18,8 @@ from suite import typed
 from suite.errors import OutputError, UsageError
 from suite.secrets import mask
 
+RECORDS = "records.jsonl"
+"""In a results folder."""
 RUN_SCHEMA = "run/1"
 CHECK_SCHEMA = "check/1"
 PROJECTION_SCHEMA = "projection/1"
@@ -246,16 +248,15 @@ def append(path: Path, *records: AnyRecord) -> None:
 
 
 def read(path: Path) -> list[AnyRecord]:
-    """All finished records; an unfinished last line (a crash while writing) is left out."""
+    """All finished records; an unfinished last one (a crash while writing) is left out."""
     try:
         text = path.read_bytes()
     except FileNotFoundError:
         return []
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    finished = text[: text.rfind(b"\n") + 1]
     records: list[AnyRecord] = []
-    for number, line in enumerate(finished.splitlines(), 1):
+    for number, line in enumerate(text[: _finished(text)].splitlines(), 1):
         try:
             records.append(from_json(line.decode(errors="replace")))
         except UsageError as error:
@@ -271,12 +272,27 @@ def _require_names(record: AnyRecord) -> None:
             raise ValueError(f"{key} is {name[:40]!r}")
 
 
+def _finished(content: bytes) -> int:
+    """Bytes of it that are whole records: the last line may have been cut off in writing or, when an editor
+    has added it, want nothing but its end."""
+    end = content.rfind(b"\n") + 1
+    try:
+        from_json(content[end:].decode())
+    except (UsageError, UnicodeDecodeError):
+        return end
+    return len(content)
+
+
 def _cut_unfinished_line(file: Any) -> int:
     """Returns the length that is left."""
     file.seek(0)
-    end = file.read().rfind(b"\n") + 1
+    content = file.read()
+    end = _finished(content)
     file.truncate(end)
-    return int(end)
+    if not content[:end].endswith(b"\n") and end:
+        _write_whole(file, b"\n")
+        end += 1
+    return end
 
 
 def _write_whole(file: Any, content: bytes) -> None:

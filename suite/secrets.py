@@ -9,7 +9,11 @@ MASK = "***"
 SHORTEST = 8
 """Characters below which a value is taken for a setting, not a secret: it may stand in any text."""
 
-_NAMES = re.compile(r"(^|_)(API_?)?(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)(_|$)", re.I)
+_NAMES = re.compile(
+    r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)(_|$)"  # PGPASSWORD, too
+    r"|(^|_)(API_?)?KEY(_|$)|(^SSH|_)PASS$|(MYSQL|DB)_PWD$",
+    re.I,
+)
 _IN_ADDRESS = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 
 

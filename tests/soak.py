@@ -31,6 +31,8 @@ from suite.records import read
 CELLS = 4
 RANKS = 2
 HANG_S = 3
+START_S = 15
+"""A rank that is stopped before its first step is given up after this."""
 STAGE = """
 stages:
   - name: "{name}"
@@ -39,7 +41,7 @@ stages:
     base:
       workload:
         {{name: bert-tiny, data: synthetic, model: {{layers: 2, hidden: 32, heads: 2, intermediate: 32}}}}
-      testbed: {{ranks: {ranks}, timeout_s: {hang_s}}}
+      testbed: {{ranks: {ranks}, timeout_s: {hang_s}, startup_timeout_s: {start_s}}}
       train: {{warmup: 0, steps: 3}}
     grid:
       train.seed: [{seeds}]
@@ -81,7 +83,7 @@ def sweep_file(folder: Path, number: int) -> Path:
 
 def sweep_text(number: int) -> str:
     seeds = ", ".join(str(CELLS // 2 * number + index) for index in range(CELLS // 2))
-    return STAGE.format(name=f"soak {number}", seeds=seeds, ranks=RANKS, hang_s=HANG_S)
+    return STAGE.format(name=f"soak {number}", seeds=seeds, ranks=RANKS, hang_s=HANG_S, start_s=START_S)
 
 
 def resident_bytes() -> int:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from suite import cli
 from suite.cli import _overrides, main
+from suite.harness.doctor import Finding
 from suite.impls.registry import IMPLEMENTATIONS
 
 SMALL = ["workload.model.layers=1", "workload.model.hidden=64", "workload.data=synthetic", "testbed.ranks=2"]
@@ -112,6 +115,30 @@ def test_what_wins_over_a_sweep_file_has_the_type_that_it_would_have_there() -> 
         "train.global_batch": None,
         "impl": "ddp",
     }
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """`nohup suite sweep … &` outlives the terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with cli._ended_in_order():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_is_not_markup_is_shown_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with cli._status("[/starting]") as say:
+        say("rank 1: [/pytorch/third_party/gloo/transport/tcp/pair.cc:534] Connection closed")
+    found = [Finding("deepspeed", False, "", "pip install 'sharded-training-suite[baselines]'")]
+    monkeypatch.setattr("suite.harness.doctor.examine", lambda: found)
+    monkeypatch.setattr(cli.stdout, "width", 200)
+    assert main(["doctor"]) == 0
+    assert "sharded-training-suite[baselines]" in capsys.readouterr().out
 
 
 def test_a_reader_who_goes_away_is_told_by_the_status() -> None:

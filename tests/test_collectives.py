@@ -15,7 +15,7 @@ from suite.impls.sharded.collectives import AloneCollectives, Collectives, Reduc
 from suite.impls.sharded.cross_memory import CrossMemoryCollectives
 from suite.impls.sharded.direct import DirectCollectives
 from suite.impls.sharded.native import FlatteningCollectives, NativeCollectives
-from suite.impls.sharded.ring import RingCollectives
+from suite.impls.sharded.ring import AcrossNodesCollectives, RingCollectives
 from suite.testbeds.local import LocalTestbed
 from suite.testbeds.ranks import LocalRanks
 from suite.testbeds.testbed import RankContext
@@ -26,6 +26,7 @@ KINDS: dict[str, Callable[[dist.ProcessGroup, int, int], Collectives]] = {
         CrossMemoryCollectives,
         DirectCollectives,
         RingCollectives,
+        AcrossNodesCollectives,
         NativeCollectives,
         FlatteningCollectives,
     )
@@ -90,6 +91,13 @@ class Program:
             for number, (tensor, numel) in enumerate(zip(tensors, sizes, strict=True))
         )
 
+    def rounded_sum(self, kind: str) -> float:
+        """256 on one rank and 1 on each other: added up in bf16 it stays 256."""
+        tensor = torch.full((64,), 256.0 if self._rank == 0 else 1.0)
+        self._collectives(kind).all_reduce([tensor], torch.bfloat16).wait()
+        assert torch.equal(tensor, tensor[:1].expand(64))
+        return float(tensor[0])
+
     def two_in_flight(self, kind: str) -> bool:
         """A gather is started before the reduction before it is over, and waited for first."""
         collectives = self._collectives(kind)
@@ -150,3 +158,10 @@ def test_all_reduce_sums_on_every_rank(
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_collectives_may_overlap_and_be_waited_for_in_any_order(ranks: LocalRanks, kind: str) -> None:
     assert all(ranks.call("two_in_flight", kind, timeout_s=30))
+
+
+@pytest.mark.parametrize("kind", ["DirectCollectives", "AcrossNodesCollectives", "CrossMemoryCollectives"])
+def test_what_travels_rounded_is_added_up_in_full(ranks: LocalRanks, kind: str) -> None:
+    size = len(ranks.pids())
+    exact = float(torch.tensor(255.0 + size).bfloat16()) if size > 1 else 256.0
+    assert ranks.call("rounded_sum", kind, timeout_s=30) == [exact] * size

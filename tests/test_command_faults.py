@@ -55,15 +55,19 @@ def start(here: Place, *words: str, **more: str) -> subprocess.Popen[str]:
 
 
 def start_command(here: Place, *command: str, **more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command,
-        cwd=here.folder,
-        env=here.environment(**more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the command would ignore it, too
+    try:
+        return subprocess.Popen(
+            command,
+            cwd=here.folder,
+            env=here.environment(**more),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def finish(process: subprocess.Popen[str], timeout_s: float = 90) -> tuple[int, str]:

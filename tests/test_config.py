@@ -48,6 +48,12 @@ def test_a_cluster_is_there_only_when_it_is_asked_for() -> None:
         (["train.global_batch=10"], "train.global_batch=10 does not divide by 4 ranks x 1 micro-steps"),
         (["testbed.ranks=5", "testbed.ranks_per_node=2"], "testbed.ranks=5 is not testbed.nodes=2 x"),
         (["workload.model.heads=3"], "workload.model.hidden=128 is not a multiple of"),
+        (
+            ["testbed=slurm", "testbed.ranks=32", "testbed.ranks_per_node=8", "testbed.max_nodes=2"],
+            "testbed.max_nodes=2 is not possible; it must be at least 4",
+        ),
+        (["cluster=p4d", "cluster.nodes=0"], "cluster.nodes=0 is not possible; it must be at least 1"),
+        (["cluster=p4d", "cluster.inter_node_latency_us=-1"], "it must be at least 0"),
         (["steps"], "'steps' is not an option; options are written key=value"),
     ],
 )

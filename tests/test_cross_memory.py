@@ -155,6 +155,13 @@ class Chooser:
         groups.close()
         return type(chosen).__name__
 
+    def choice_across_replicas(self, ranks_per_node: int, partition_size: int) -> str:
+        topology = PartitionTopology(self._context.world_size, ranks_per_node, partition_size, False)
+        groups = make_groups(topology, EngineOptions(), torch.device("cpu"))
+        chosen: Collectives = groups.replication
+        groups.close()
+        return type(chosen).__name__
+
     def choice_without_a_board(self) -> str:
         """When one rank has no descriptors left."""
         if self._context.rank == 1:
@@ -182,6 +189,24 @@ def test_memory_is_read_only_within_a_node_that_is_one_host(
     with LocalTestbed(2, 2).launch(Chooser, 60) as running:
         chosen = running.call("choice", ranks_per_node, one_namespace, cross_memory_on, timeout_s=30)
     assert chosen == [expected] * 2
+
+
+@pytest.mark.parametrize(
+    ("ranks_per_node", "partition_size", "expected"),
+    [
+        (4, 2, "CrossMemoryCollectives"),
+        (2, 2, "AcrossNodesCollectives"),
+        (2, 1, "RingCollectives"),
+        (1, 2, "AcrossNodesCollectives"),
+    ],
+    ids=["one host", "a replica per node", "several replicas per node", "a replica on two nodes"],
+)
+def test_replicas_add_up_by_what_their_nodes_allow(
+    ranks_per_node: int, partition_size: int, expected: str
+) -> None:
+    with LocalTestbed(4, 4).launch(Chooser, 60) as running:
+        chosen = running.call("choice_across_replicas", ranks_per_node, partition_size, timeout_s=30)
+    assert chosen == [expected] * 4
 
 
 def test_a_rank_that_cannot_take_part_is_waited_for_by_none() -> None:

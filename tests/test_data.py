@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from suite.cache import cache_folder
 from suite.config import ModelConfig, WorkloadConfig
 from suite.errors import UsageError
 from suite.workloads import corpus, data, models
@@ -409,9 +410,9 @@ def test_a_cache_folder_that_cannot_be_written_is_refused(
 def test_the_cache_follows_the_xdg_convention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SUITE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert corpus.cache_folder() == Path("/xdg/sharded-suite/tokenizers")
+    assert cache_folder("tokenizers") == Path("/xdg/sharded-suite/tokenizers")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert corpus.cache_folder() == Path.home() / ".cache" / "sharded-suite" / "tokenizers"
+    assert cache_folder("tokenizers") == Path.home() / ".cache" / "sharded-suite" / "tokenizers"
 
 
 class Rows(list):

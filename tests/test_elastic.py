@@ -14,7 +14,7 @@ from suite.config import Config
 from suite.config_load import load
 from suite.errors import RankError, UsageError
 from suite.harness import elastic
-from suite.harness.elastic import Point, train_elastically, with_fewer_ranks
+from suite.harness.elastic import Point, discard_checkpoints, train_elastically, with_fewer_ranks
 from suite.harness.worker import StepMeasurement, Worker
 from suite.impls.sharded import checkpoint, kept
 
@@ -96,6 +96,9 @@ def test_a_rank_lost_while_saving_leaves_the_checkpoint_before(
     record = train_elastically(training("testbed.min_ranks=3", f"out={tmp_path}"))
     assert record.losses == pytest.approx(undisturbed, rel=1e-4)
     assert "rank 3 was ended by SIGKILL in save (checkpoint step-00000006" in record.notes[0]
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    assert not list(folder.glob("*.partial"))
+    discard_checkpoints(training("testbed.min_ranks=3", f"out={tmp_path}"))
     assert list(tmp_path.rglob("*")) == [tmp_path / "checkpoints"]
 
 
@@ -115,9 +118,38 @@ def test_an_interrupted_training_goes_on_where_it_was(
     file.write_bytes(file.read_bytes()[:-1])
     seen: list[str] = []
     record = train_elastically(config, seen.append)
-    assert "checkpoint step-00000006 is damaged; the one before it serves" in seen
+    removed = "checkpoint step-00000006 was damaged and is removed; step-00000003 served"
+    assert removed in seen and record.notes[0] == removed
     assert "step 4/9" in seen and "step 3/9" not in seen
     assert record.losses == pytest.approx(undisturbed, rel=1e-4)
+
+
+def test_what_cannot_be_read_or_is_of_another_version_is_not_removed(tmp_path: Path) -> None:
+    config = training(f"out={tmp_path}", "train.steps=4")
+    train_elastically(config)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    newest = kept.latest(folder)
+    assert newest is not None
+    file = newest / "training.json"
+    file.write_text(file.read_text().replace('"format": 2', '"format": 3'))
+    with pytest.raises(UsageError, match=r"cannot be read: it has format 3, not 2"):
+        train_elastically(config)
+    file.unlink()
+    file.mkdir()  # reading it is an OSError
+    with pytest.raises(UsageError, match=r"cannot be read: Is a directory"):
+        train_elastically(config)
+    assert newest.exists()
+
+
+def test_a_damaged_curve_is_refused_before_it_is_trained_on(tmp_path: Path) -> None:
+    config = training(f"out={tmp_path}", "train.steps=4")
+    train_elastically(config)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    (folder / "curve.jsonl").write_text("nonsense\n")
+    seen: list[str] = []
+    with pytest.raises(UsageError, match=r"curve\.jsonl is damaged"):
+        train_elastically(config, seen.append)
+    assert not any(text.startswith("step") for text in seen)
 
 
 def test_without_permission_the_error_is_raised_and_nothing_stays(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -82,6 +84,23 @@ def test_one_member_that_fails_leaves_the_others_to_be_measured(monkeypatch: pyt
     assert isinstance(failed, Failure) and isinstance(failed.error, RankError)
     assert "ArithmeticError: planted" in str(failed.error)
     assert isinstance(measured, Record) and measured.impl == "floor" and measured.step_time_s.n == 3
+
+
+def test_a_failure_does_not_keep_its_cohort_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    teams: list[weakref.ref[measure_module.Team]] = []
+
+    def fails(team: measure_module.Team, say: object) -> None:
+        teams.append(weakref.ref(team))
+        raise RankError("rank 1 failed")
+
+    monkeypatch.setattr(measure_module, "_warm_up", fails)
+    gc.disable()  # it would find the cycles, some day
+    try:
+        (failure,) = measure(configs("floor"))
+        assert isinstance(failure, Failure) and str(failure.error) == "rank 1 failed"
+        assert [team() for team in teams] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_busy_machine_is_measured_again_and_the_record_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from suite.cli import main
 from suite.config import Config
+from suite.errors import UsageError
 from suite.projection.assumptions import default_assumptions, keep
 from suite.projection.calibrate import calibrate
 from suite.projection.compute import Costs, Pass
@@ -18,7 +19,7 @@ from suite.projection.emulated import EmulatedCluster, project_emulated
 from suite.projection.plan import make_plan
 from suite.projection.project import memory_for, project
 from suite.projection.published_runs import NUMBERS, evaluate, projected_config
-from suite.projection.scaling import weak_scaling
+from suite.projection.scaling import NODES, weak_scaling
 from suite.records import ProjectionRecord, from_json, read, to_json
 
 
@@ -52,6 +53,55 @@ def test_a_step_costs_the_same_to_project_on_100_000_gpus() -> None:
     projection = project(big)
     assert time.perf_counter() - start < 1.0
     assert projection.world_size == 100_000
+
+
+def test_a_curve_leaves_out_the_clusters_that_its_partition_groups_do_not_fill() -> None:
+    asked = weak_scaling(config("train.micro_batch=8", "impl.options.partition_size=16"), nodes=(1, 2, 3, 4))
+    assert [point.gpus for point in asked.points] == [16, 32]
+    # Left open: 64 ranks hold this one, on any number of nodes that eight divide.
+    chosen = weak_scaling(config("workload=bert-50b", "train.micro_batch=8"))
+    sizes = {point.projection.partition_size for point in chosen.points if point.efficiency is not None}
+    assert sizes == {64} and chosen.points[-1].gpus == 8 * NODES[-1]
+    with pytest.raises(UsageError, match=r"partition_size=3 does not fit 4 nodes of 8; use one of 1, 2, 4"):
+        weak_scaling(config("impl.options.partition_size=3"), nodes=(1, 4))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("impl=ddp", "impl.options.two_hop=false"),
+        ("impl=hsdp", "impl.options.hierarchical=true"),
+        ("impl=deepspeed-zero2", "impl.options.prefetch_bucket_size=1000"),
+        ("impl=deepspeed-mics", "impl.options.optimizer_sharding=world"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_method_is_asked_only_for_what_it_has(words: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError, match=f"unknown option of {words[0].removeprefix('impl=')} to project"):
+        project(config(*words))
+
+
+def test_a_smaller_bucket_of_whole_gradients_is_sent_more_often() -> None:
+    whole = project(config("impl=deepspeed-zero2"))
+    assert (
+        project(config("impl=deepspeed-zero2", "impl.options.reduce_bucket_size=50000000")).calls
+        > whole.calls
+    )
+
+
+def test_methods_that_keep_fp32_shards_alone_hold_16_bytes_per_parameter() -> None:
+    fsdp2, zero3 = (
+        memory_for(config(f"impl={impl}", "cluster.nodes=2")).states for impl in ("fsdp2", "zero3")
+    )
+    assert fsdp2 / zero3 == pytest.approx(16 / 18)
+
+
+def test_the_released_mics_gathers_in_two_stages_and_reduces_in_one() -> None:
+    words = ("impl.options.partition_size=16", "impl.options.hierarchical=true")
+    released, described = (project(config(f"impl={impl}", *words)) for impl in ("deepspeed-mics", "mics-s2"))
+    assert released.hierarchical and described.hierarchical
+    # One of three collectives passes 15 of 16 shards between the nodes instead of 8.
+    assert released.node_bytes / described.node_bytes == pytest.approx((2 * 8 + 15) / (3 * 8), rel=0.02)
 
 
 def test_hierarchical_gathers_carry_less_between_nodes() -> None:
@@ -111,6 +161,9 @@ def test_the_command_answers_with_one_json_object_and_a_trace(
         (["impl=mics", "cluster=p4d", "impl.options.partition_size=3"], "use one of 1, 2, 4, 8"),
         (["impl=zero3", "cluster=p4d", "impl.options.partition_size=8"], "no partition groups"),
         (["impl=mics", "cluster=p4d", "impl.options.partition=8"], "did you mean 'partition_size'?"),
+        (["impl=deepspeed-zero2", "cluster=p4d", "impl.options.reduce_bucket_size=-1"], "must be at least 1"),
+        (["--published", "cluster=p4d"], "leave 'cluster=p4d' out"),
+        (["--emulated", "results", "--trace", "step.json"], "leave options, --trace"),
     ],
 )
 def test_what_cannot_be_projected_is_one_clear_line(

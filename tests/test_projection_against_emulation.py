@@ -46,7 +46,7 @@ def test_a_projection_of_a_run_names_it_and_keeps_its_configuration() -> None:
     run = emulated("mics", 0.229, 29.246e6, partition_size=2)
     (record,) = emulated_records(compare([run]))
     assert record.stands_for == {"config_hash": run.config_hash, "cohort": run.cohort, "stage": run.stage}
-    assert record.evidence == "projected" and record.config == run.config and record.hierarchical
+    assert record.evidence == "projected" and record.config == run.config and not record.hierarchical
     assert record.compute_s + record.exposed_comm_s == pytest.approx(record.step_time_s)
     flops = run.model_tflops_per_gpu * run.step_time_s.median
     assert record.model_tflops_per_gpu * record.step_time_s == pytest.approx(flops)
@@ -60,5 +60,6 @@ def test_other_methods_and_other_testbeds_are_left_out() -> None:
                 emulated("hsdp", 0.3, 1e6, partition_size=2),
                 replace(emulated("zero3", 0.3, 1e6), evidence="measured"),
                 emulated("zero3", 0.3, 1e6, stock_collectives=True),
+                replace(emulated("mics", 0.3, 1e6, partition_size=4), world_size=12, ranks_per_node=3),
             ]
         )

@@ -55,6 +55,17 @@ def test_a_line_cut_off_by_a_crash_is_not_read_and_does_not_spoil_the_next(tmp_p
     assert [record.impl for record in read(file)] == ["ddp", "next"]
 
 
+def test_a_last_line_that_only_wants_its_end_is_kept(tmp_path: Path) -> None:
+    """As an editor leaves it that a record was pasted into."""
+    file = tmp_path / "records.jsonl"
+    append(file, CHECK)
+    with file.open("ab") as stream:
+        stream.write(to_json(replace(CHECK, impl="pasted")).encode())
+    assert [record.impl for record in read(file)] == ["ddp", "pasted"]
+    append(file, replace(CHECK, impl="next"))
+    assert [record.impl for record in read(file)] == ["ddp", "pasted", "next"]
+
+
 @pytest.mark.parametrize("line", ["[]", "{}", "nonsense", '{"schema": "run/99"}', '{"schema": "run/1"}'])
 def test_a_line_that_is_no_record_is_an_error_that_names_it(tmp_path: Path, line: str) -> None:
     file = tmp_path / "records.jsonl"

@@ -16,7 +16,7 @@ from suite.cli import ACTIONS, main
 from suite.errors import RankError, UsageError
 from suite.harness.sweep import read_sweep
 from suite.records import from_json, to_json
-from suite.secrets import mask
+from suite.secrets import mask, names_a_secret
 
 SOURCES = sorted(Path(suite.__file__).parent.rglob("*.py"))
 FORBIDDEN = {
@@ -66,6 +66,20 @@ def test_secrets_are_masked_and_other_settings_are_not(secret: str, monkeypatch:
     monkeypatch.setenv("MY_TOKEN", "true")  # too short to be one: it would black out half of any text
     text = f"{secret} hf_abcdefgh not a secret true https://me:pass@host/x https://host/x"
     assert mask(text) == "*** *** not a secret true https://***@host/x https://host/x"
+
+
+@pytest.mark.parametrize(
+    ("variable", "secret"),
+    [
+        *((name, True) for name in ("PGPASSWORD", "SSHPASS", "MYSQL_PWD", "ACCESSTOKEN", "OPENAI_APIKEY")),
+        *(
+            (name, False)
+            for name in ("PWD", "OLDPWD", "ORIG_PWD", "TOKENIZERS_PARALLELISM", "MONKEY", "NCCL_BYPASS")
+        ),
+    ],
+)
+def test_names_of_secrets_are_known_with_and_without_underscores(variable: str, secret: bool) -> None:
+    assert names_a_secret(variable) == secret
 
 
 def test_a_record_holds_no_secret(secret: str) -> None:

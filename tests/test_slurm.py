@@ -22,10 +22,12 @@ from suite.config import CONFIGS
 from suite.config_load import load
 from suite.errors import UsageError
 from suite.harness import slurm_sweep
-from suite.harness.slurm_jobs import Task, scripts
+from suite.harness.commands import Commands
+from suite.harness.slurm_jobs import Task, open_tasks, scripts, submit
 from suite.harness.sweep import Clock, Cohort, Outcome, read_sweep
 from suite.harness.task import read_task, write_task
 from suite.records import AnyRecord, Record, append, read
+from suite.testbeds import slurm
 from suite.testbeds.slurm import JobArray, State
 
 TINY = ["workload.model.layers=1", "workload.model.hidden=64", "workload.data=synthetic"]
@@ -137,6 +139,57 @@ def test_what_a_lost_task_had_finished_is_kept_and_only_the_rest_has_failed(tmp_
     assert slurm_sweep._settled(task, cancelled, outcome, kept.extend, clock)
     assert kept == [finished]
     assert [failure.config.impl.name for failure in outcome.failures] == ["zero3"]
+
+
+def test_checks_of_a_task_that_ended_while_nobody_followed_are_collected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ddp, zero3, mics = (load([f"impl={name}", *ON_SLURM]) for name in ("ddp", "zero3", "mics"))
+    cohort = Cohort("checks", "check", [ddp, zero3, mics])
+    monkeypatch.setattr(slurm, "why_not", lambda: None)
+    monkeypatch.setattr(slurm, "submit", lambda script, after: "7")
+    (task,) = submit([cohort], tmp_path, resumable=True)
+    # It made two checks, one of them not ok, and ran into its time limit.
+    found = [
+        replace(factory.check(c.impl.name, ok=ok), stage="checks", config=c.to_dict(), config_hash=c.hash())
+        for c, ok in ((ddp, True), (zero3, False))
+    ]
+    append(task.file.with_suffix("") / "records.jsonl", *found)
+    submitted: list[Cohort] = []
+
+    def submits(cohorts: list[Cohort], *rest: object) -> list[Task]:
+        submitted.extend(cohorts)
+        return []
+
+    monkeypatch.setattr(slurm, "states", lambda jobs: {("7", 1): State("TIMEOUT", "")})
+    monkeypatch.setattr(slurm_sweep, "submit", submits)
+    outcome = slurm_sweep.run_on_slurm([cohort], tmp_path)
+    assert read(tmp_path / "records.jsonl") == found
+    assert [cell.impl.name for cell in submitted[0].cells] == ["zero3", "mics"]
+    assert (outcome.finished, outcome.skipped) == ([found[0]], 0)
+    # What is collected again is not recorded again.
+    (task.file.parent / "open.json").write_text('{"7": [1]}')
+    slurm_sweep.run_on_slurm([cohort], tmp_path)
+    assert read(tmp_path / "records.jsonl") == found
+
+
+def test_a_damaged_file_of_jobs_is_one_clear_line(tmp_path: Path) -> None:
+    folder = tmp_path / "jobs" / "one"
+    folder.mkdir(parents=True)
+    for content in ('{"7": [1', "[]", '{"7": 1}'):
+        (folder / "open.json").write_text(content)
+        with pytest.raises(UsageError, match=r"open\.json is damaged .* remove it to go on without its jobs"):
+            list(open_tasks(tmp_path))
+
+
+def test_without_slurm_nothing_of_a_mixed_sweep_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = (load(["impl=ddp", *words]) for words in (["testbed.ranks=2", *TINY], ON_SLURM))
+    monkeypatch.setattr(slurm, "why_not", lambda: "there is no sbatch")
+    with pytest.raises(UsageError, match="cannot submit jobs here: there is no sbatch"):
+        Commands(None).sweep(
+            [Cohort("a", "check", [here]), Cohort("b", "check", [there])], tmp_path, lambda _: None, None
+        )  # type: ignore[arg-type]
+    assert not (tmp_path / "records.jsonl").exists()
 
 
 @pytest.mark.parametrize(

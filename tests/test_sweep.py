@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import record_factory
 
-from suite.config import CONFIGS
+from suite.config import CONFIGS, Config
 from suite.errors import RankError, UsageError
 from suite.harness import sweep as sweep_module
 from suite.harness.measure import Failure
 from suite.harness.sweep import Cohort, Progress, read_sweep, run_sweep
-from suite.records import read
+from suite.impls import registry
+from suite.records import CheckRecord, read
+from suite.reports.cohorts import checks_of
 
 SWEEP = """
 stages:
@@ -160,6 +164,45 @@ def test_a_failed_cell_is_reported_and_tried_again_next_time(
     assert [(type(f), str(f.error)) for f in outcome.failures] == [(Failure, "rank 1 failed")]
     monkeypatch.setattr(sweep_module, "check", check)
     assert len(run_sweep(cohorts[:1], tmp_path).finished) == 1
+
+
+def test_a_check_that_is_not_ok_is_made_again_until_it_is(
+    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cohorts, ok = read_sweep(sweep_file)[:1], [False, False, True]
+
+    def checked(config: Config, references: object, place: object) -> CheckRecord:
+        return replace(record_factory.check(ok=ok.pop(0)), config=config.to_dict(), config_hash=config.hash())
+
+    monkeypatch.setattr(sweep_module, "check", checked)
+    seen = [[item.ok for item in run_sweep(cohorts, tmp_path).finished] for _ in range(4)]  # type: ignore[union-attr]
+    assert seen == [[False], [False], [True], []]
+    # The report shows what came out last.
+    assert [check.ok for check in checks_of(read(tmp_path / "records.jsonl"))] == [True]
+
+
+def test_a_testbed_that_is_not_there_is_refused_before_anything_runs(
+    sweep_file: Path, tmp_path: Path
+) -> None:
+    for name, message in (("lcoal", "did you mean 'local'"), ("torchrun", "write torchrun")):
+        with pytest.raises(UsageError, match=message):
+            run_sweep(read_sweep(sweep_file, {"testbed.name": name}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_implementation_that_cannot_be_imported_costs_its_own_cell_only(
+    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(device_type: str | None) -> None:
+        raise RuntimeError("Error building extension\nninja: failed")
+
+    entry = replace(registry.find("ddp"), prepare=broken)
+    monkeypatch.setitem(registry.IMPLEMENTATIONS, "ddp", entry)
+    outcome = run_sweep(read_sweep(sweep_file)[1:2], tmp_path)
+    assert [record.impl for record in outcome.finished] == ["floor"]
+    assert [str(failure.error) for failure in outcome.failures] == [
+        "impl=ddp cannot be prepared: Error building extension"
+    ]
 
 
 def test_a_yardstick_is_measured_in_every_stage_that_names_it(tmp_path: Path) -> None:

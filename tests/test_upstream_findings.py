@@ -198,6 +198,13 @@ def test_deepspeed_zero3_gathers_a_small_model_twice_per_micro_step_only_with_si
         assert least <= volume <= most
 
 
+def test_a_model_that_deepspeed_s_defaults_release_is_left_to_them() -> None:
+    large = torch.nn.ModuleList(torch.nn.Linear(20_000, 20_000, device="meta") for _ in range(3))
+    assert sum(parameter.numel() for parameter in large.parameters()) > 1e9
+    assert deepspeed_zero.stage3_sizes(large) == {}
+    assert deepspeed_zero.stage3_sizes(large[:2])["stage3_param_persistence_threshold"] == 0
+
+
 def test_gloo_reduce_scatter_sends_the_bytes_of_an_all_reduce() -> None:
     size = 1 << 20
 

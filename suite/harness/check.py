@@ -18,7 +18,7 @@ from suite.harness.environment import environment
 from suite.harness.launch import Place, launch, prepare, step_timeout_s, testbed_of
 from suite.harness.worker import build_trainer, make_pacer, model_builder, recipe_of
 from suite.impls.trace import Trace
-from suite.impls.trainer import Recipe
+from suite.impls.trainer import MicroBatch, Recipe
 from suite.records import CheckRecord
 from suite.testbeds.devices import accelerator_type
 from suite.testbeds.local import LocalTestbed
@@ -129,13 +129,19 @@ class ReferenceWorker:
     def __init__(self, config: Config, context: RankContext) -> None:
         self._config = config
         self._device = context.device
+        self._tell = context.whereabouts.tell
 
     def run(self, precision: str, path: str) -> None:
         config = self._config
         stream = open_stream(config.workload, config.train.seed)
-        batches = [stream.global_batch(step, config.global_batch).to(self._device) for step in range(STEPS)]
+
+        def batches() -> Iterator[MicroBatch]:
+            for step in range(STEPS):
+                self._tell(f"reference step {step + 1}")
+                yield stream.global_batch(step, config.global_batch).to(self._device)
+
         recipe = replace(checked_recipe(config.train), precision=precision)
-        run_reference(model_builder(config), recipe, batches, self._device).save(Path(path))
+        run_reference(model_builder(config), recipe, batches(), self._device).save(Path(path))
 
 
 class References:
@@ -180,7 +186,7 @@ def check(config: Config, references: References | None = None, place: Place = t
     with launch(config, CheckWorker, place) as ranks:
         for step in range(STEPS):
             ranks.call("step", timeout_s=step_timeout_s(config, step))
-        answers = ranks.call("compare", str(reference), timeout_s=config.testbed.timeout_s)
+        answers = ranks.call("compare", str(reference), timeout_s=config.testbed.startup_timeout_s)
     env = environment() | place(config).conditions()
     return _record(config, _worst_of(answers), tolerance, env, started_at)
 

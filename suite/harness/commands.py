@@ -13,11 +13,11 @@ from suite.errors import UsageError
 from suite.harness.check import References, check
 from suite.harness.cluster_doctor import examine_cluster
 from suite.harness.doctor import Finding
-from suite.harness.elastic import is_elastic, train_elastically
+from suite.harness.elastic import discard_checkpoints, is_elastic, train_elastically
 from suite.harness.launch import Place, on_seats, testbed_of
 from suite.harness.measure import Failure, Say, measure
 from suite.harness.slurm_jobs import scripts
-from suite.harness.slurm_sweep import run_on_slurm, run_once
+from suite.harness.slurm_sweep import require_slurm, run_on_slurm, run_once
 from suite.harness.sweep import Cohort, Outcome, Progress, keep_timeline, run_sweep
 from suite.harness.task import Result, examine_task, read_task, run_task
 from suite.records import AnyRecord, CheckRecord, ProjectionRecord
@@ -51,6 +51,11 @@ class Commands:
             raise result.error
         return result
 
+    def has_kept(self, config: Config) -> None:
+        """The record of that run is kept: what an interrupted one would go on from can go."""
+        if is_elastic(config):
+            discard_checkpoints(config)
+
     def check(self, config: Config, say: Say) -> CheckRecord:
         if self._in_a_job(config):
             result = _from_a_job("check", config, say).records[0]
@@ -68,6 +73,8 @@ class Commands:
     ) -> Outcome:
         jobs = [c for c in cohorts if c.kind != "project" and self._in_a_job(c.cells[0])]
         here = [cohort for cohort in cohorts if cohort not in jobs]
+        if jobs:
+            require_slurm(jobs)  # before the rest runs
         outcome = run_sweep(here, out, observe, project, self._place)
         return outcome + run_on_slurm(jobs, out, observe) if jobs else outcome
 

@@ -52,8 +52,8 @@ def train_elastically(config: Config, say: Say = lambda _: None) -> Record:
     `testbed.min_ranks`; without that, or when there is none, the error is raised.
 
     With `out`, checkpoints lie in `out/checkpoints`, and a later call of an interrupted training goes on
-    there. The record is one of the configuration that was asked for; its times are those of the ranks that
-    finished, and its notes say what happened.
+    there; `discard_checkpoints` ends that. The record is one of the configuration that was asked for; its
+    times are those of the ranks that finished, and its notes say what happened.
     """
     registry.require_checkpoints(config.impl.name)
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -62,7 +62,7 @@ def train_elastically(config: Config, say: Say = lambda _: None) -> Record:
     with _folder(config) as folder:
         while True:
             try:
-                record = _attempt(now, folder, started_at, say)
+                record = _attempt(now, folder, started_at, say, notes)
                 break
             except RankError as error:
                 kept.discard_unfinished(folder)
@@ -73,7 +73,6 @@ def train_elastically(config: Config, say: Say = lambda _: None) -> Record:
                 say(notes[-1])
                 now = fewer
         curve = _read_curve(folder)
-        shutil.rmtree(folder)
     steps = [curve.get(step, LOST) for step in range(config.train.warmup + config.train.steps)]
     return replace(
         record,
@@ -86,6 +85,12 @@ def train_elastically(config: Config, say: Say = lambda _: None) -> Record:
         config_hash=config.hash(),
         notes=[*notes, *record.notes],
     )
+
+
+def discard_checkpoints(config: Config) -> None:
+    """To be called when the training's record is kept, and not before."""
+    if config.out is not None:
+        shutil.rmtree(_kept_in(config, config.out), ignore_errors=True)
 
 
 def with_fewer_ranks(config: Config) -> Config | None:
@@ -110,17 +115,22 @@ def with_fewer_ranks(config: Config) -> Config | None:
     return None
 
 
-def _attempt(config: Config, folder: Path, started_at: str, say: Say) -> Record:
+def _attempt(config: Config, folder: Path, started_at: str, say: Say, notes: list[str]) -> Record:
     """From the last whole checkpoint to the end."""
-    train, timeout_s = config.train, config.testbed.timeout_s
+    # Checkpoints are read and written without a word on how far that is.
+    train, timeout_s = config.train, config.testbed.startup_timeout_s
     assert train.checkpoint_every is not None
     last = train.warmup + train.steps
     say(f"starting {config.impl.name} on {config.world_size} ranks")
     prepare(config)
-    for damaged in kept.discard_damaged(folder):
-        say(f"checkpoint {damaged.name} is damaged; the one before it serves")
+    discarded = kept.discard_damaged(folder)
     newest = kept.latest(folder)
+    for damaged in discarded:
+        serves = "the training began anew" if newest is None else f"{newest.name} served"
+        notes.append(f"checkpoint {damaged.name} was damaged and is removed; {serves}")
+        say(notes[-1])
     _cut_unfinished_line(folder / CURVE)
+    _read_curve(folder)  # refused before it is trained on
     with launch(config, Worker) as ranks:
         team = Team(config, testbed_of(config), ranks)
         first = 0 if newest is None else ranks.call("load", newest, timeout_s=timeout_s)[0]
@@ -147,7 +157,7 @@ def _attempt(config: Config, folder: Path, started_at: str, say: Say) -> Record:
 def _folder(config: Config) -> Iterator[Path]:
     """Where the checkpoints of this training lie: kept for a later call when there is an `out`."""
     if config.out is not None:
-        folder = Path(config.out) / "checkpoints" / config.hash()
+        folder = _kept_in(config, config.out)
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
         return
@@ -155,6 +165,10 @@ def _folder(config: Config) -> Iterator[Path]:
         folder = Path(root) / "checkpoints"
         folder.mkdir()
         yield folder
+
+
+def _kept_in(config: Config, out: str) -> Path:
+    return Path(out) / "checkpoints" / config.hash()
 
 
 CURVE = "curve.jsonl"
@@ -178,6 +192,8 @@ def _read_curve(folder: Path) -> dict[int, Point]:
     """By step; what was repeated after a restart as it was the last time. Raises UsageError for a file that
     is not a curve."""
     file = folder / CURVE
+    if not file.exists():
+        return {}
     try:
         points = [typed.build(Point, json.loads(line)) for line in file.read_bytes().splitlines()]
     except (ValueError, KeyError, RecursionError) as error:

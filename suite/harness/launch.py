@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -15,7 +14,7 @@ from suite.harness.nodes import nodes_of, require_equal, summary
 from suite.impls import registry
 from suite.testbeds.emulated import EmulatedTestbed
 from suite.testbeds.forked import stay_forkable
-from suite.testbeds.local import LocalTestbed
+from suite.testbeds.local import LocalTestbed, cores
 from suite.testbeds.testbed import RankContext, Ranks, Testbed
 from suite.testbeds.torchrun import Seats, TorchrunTestbed
 from suite.workloads import data, models
@@ -73,7 +72,7 @@ def scale_of(config: Config) -> ScaleModel | None:
         return None
     assert cluster is not None and workload.scale_of is not None, "load() refuses to emulate nothing"
     real = load([f"workload={workload.scale_of}"]).workload.model
-    host = Host(config.world_size // config.ranks_per_node, config.world_size, os.cpu_count() or 1)
+    host = Host(config.world_size // config.ranks_per_node, config.world_size, cores())
     return scale_model(workload.model, real, cluster, train, host, config.testbed.dilation)
 
 

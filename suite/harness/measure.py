@@ -40,6 +40,11 @@ class Failure:
     config: Config
     error: SuiteError
 
+    def __post_init__(self) -> None:
+        # A traceback's frames hold the whole cohort, and this: only a full garbage collection, which is rare
+        # in a process with so many objects, would find them.
+        self.error.__traceback__ = self.error.__cause__ = self.error.__context__ = None
+
 
 @dataclass
 class Team:

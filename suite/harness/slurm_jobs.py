@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from suite.errors import SuiteError
+from suite.errors import SuiteError, UsageError, first_line
 from suite.harness.sweep import Cohort
-from suite.harness.task import read_task, write_task
+from suite.harness.task import read_task, write_task, write_whole
 from suite.testbeds import slurm
 
 JOBS = "jobs"
@@ -98,7 +98,7 @@ def submit(cohorts: Sequence[Cohort], out: Path, resumable: bool, queued: Collec
             job = slurm.submit(script, after=before if array.at_once is not None else [])
             jobs[job] = numbers
             if resumable:
-                (folder / OPEN).write_text(json.dumps(jobs))
+                write_whole(folder / OPEN, jobs)
             tasks += [Task(file, job, cohort) for file, cohort in zip(files, members, strict=True)]
     except BaseException:
         slurm.cancel(jobs)
@@ -125,9 +125,19 @@ def _new_folder(out: Path) -> Path:
     raise SuiteError(f"cannot make a new folder in {out / JOBS}")
 
 
+def _jobs_in(file: Path) -> dict[str, list[int]]:
+    try:
+        jobs = json.loads(file.read_text())
+        return {str(job): [int(number) for number in numbers] for job, numbers in jobs.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{file} is damaged ({first_line(error)}); remove it to go on without its jobs"
+        ) from error
+
+
 def open_tasks(out: Path) -> Iterator[Task]:
     for file in sorted((out / JOBS).glob(f"*/{OPEN}")):
-        for job, numbers in json.loads(file.read_text()).items():
+        for job, numbers in _jobs_in(file).items():
             for number in numbers:
                 task = (file.parent / f"{number}.json").resolve()
                 yield Task(task, job, read_task(task))

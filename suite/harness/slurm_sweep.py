@@ -18,18 +18,18 @@ from suite.errors import RankError, SuiteError, UsageError
 from suite.harness.measure import Failure
 from suite.harness.slurm_jobs import JOBS, Task, close_tasks, open_tasks, submit
 from suite.harness.sweep import (
-    RECORDS,
     Clock,
     Cohort,
     Outcome,
     Progress,
     cells,
+    finished_in,
     identity,
     require_all,
     unfinished,
 )
 from suite.harness.task import Result, read_result
-from suite.records import AnyRecord, append, read
+from suite.records import RECORDS, AnyRecord, append, read
 from suite.testbeds import slurm
 
 GRACE_S = 20.0
@@ -47,7 +47,7 @@ def run_on_slurm(
 ) -> Outcome:
     """As `suite.harness.sweep.run_sweep`, on the nodes of a Slurm cluster. Blocks until all tasks have
     ended; KeyboardInterrupt cancels them, and what was finished is kept."""
-    _require(cohorts)
+    require_slurm(cohorts)
     with _alone_in(out / JOBS):
         return _run(cohorts, out, observe)
 
@@ -71,8 +71,13 @@ def _run(cohorts: Sequence[Cohort], out: Path, observe: Callable[[Progress], Non
 
     def keep(found: Sequence[AnyRecord]) -> None:
         # All or none are added, but a collection may have been interrupted before it was noted.
-        known = {identity(record) for record in read(records)}
-        fresh = [record for record in found if identity(record) not in known]
+        done = finished_in(records)
+        known = {(identity(record), record.started_at) for record in read(records)}
+        fresh = [
+            record
+            for record in found
+            if identity(record) not in done and (identity(record), record.started_at) not in known
+        ]
         if fresh:
             append(records, *fresh)
         outcome.finished += fresh
@@ -85,12 +90,17 @@ def _run(cohorts: Sequence[Cohort], out: Path, observe: Callable[[Progress], Non
         else:
             keep(result.records)
     tasks = _still_queued(earlier)
-    finished = {identity(record) for record in read(records)}
+    for task in earlier:
+        if task not in tasks:
+            keep(_finished_by(task))
+    finished = finished_in(records)
     underway = {
         (task.cohort.kind, task.cohort.stage, cell.hash()) for task in tasks for cell in task.cohort.cells
     }
     todo = unfinished(cohorts, finished | underway)
-    outcome.skipped = cells(unfinished(cohorts, underway)) - cells(todo) - len(outcome.finished)
+    outcome.finished = [record for record in outcome.finished if identity(record) in finished]
+    skipped = cells(unfinished(cohorts, underway)) - cells(todo) - len(outcome.finished)
+    outcome.skipped = max(0, skipped)  # what was collected may be another sweep's
     clock = Clock(cells(todo) + sum(len(task.cohort.cells) for task in tasks), observe)
     tasks += submit(todo, out, True, {task.job for task in tasks}) if todo else []
     _follow(tasks, outcome, keep, clock)
@@ -101,14 +111,14 @@ def _run(cohorts: Sequence[Cohort], out: Path, observe: Callable[[Progress], Non
 def run_once(cohort: Cohort, out: Path, observe: Callable[[Progress], None]) -> Result:
     """One cohort, whatever has been measured before; the caller keeps the records. The job's files stay
     in `out/jobs`."""
-    _require([cohort])
+    require_slurm([cohort])
     outcome = Outcome()
     (task,) = submit([cohort], out, resumable=False)
     _follow([task], outcome, outcome.finished.extend, Clock(len(cohort.cells), observe))
     return read_result(task.file) or Result(failures=outcome.failures)
 
 
-def _require(cohorts: Sequence[Cohort]) -> None:
+def require_slurm(cohorts: Sequence[Cohort]) -> None:
     """Raises UsageError for what would only fail in the job, and when there is no Slurm."""
     require_all(cohorts)
     reason = slurm.why_not()

@@ -19,19 +19,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from suite.config import Config
 from suite.config_load import SHORT_KEYS, load
-from suite.errors import SuiteError, UsageError, unknown
+from suite.errors import SuiteError, UsageError, first_line, unknown
 from suite.harness.check import References, check
 from suite.harness.launch import Place, require, testbed_of
 from suite.harness.measure import Failure, measure
 from suite.harness.timeline import Timeline, write_timeline
 from suite.harness.turns import measure_alone
-from suite.records import AnyRecord, CheckRecord, ProjectionRecord, Record, append, read
+from suite.records import RECORDS, AnyRecord, CheckRecord, ProjectionRecord, Record, append, read
 
 Identity = tuple[str, str, str]
 """Of a cell: kind, stage, hash of its configuration."""
 
 KINDS = ("run", "check", "project")
-RECORDS = "records.jsonl"
 TIMELINES = "timelines"
 
 
@@ -91,9 +90,9 @@ def read_sweep(path: Path, overrides: Mapping[str, Any] | None = None) -> list[C
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OmegaConfBaseException, OSError, ValueError) as error:
-        raise UsageError(f"{path} is not readable as YAML: {_first_line(error)}") from error
+        raise UsageError(f"{path} is not readable as YAML: {first_line(error)}") from error
     except Exception as error:  # yaml's own errors share no base class with OmegaConf's
-        raise UsageError(f"{path} is not YAML: {_first_line(error)}") from error
+        raise UsageError(f"{path} is not YAML: {first_line(error)}") from error
     if not isinstance(content, dict) or not isinstance(content.get("stages"), list):
         raise UsageError(f"{path} has no list of stages; see configs/sweeps/ for examples")
     cohorts: list[Cohort] = []
@@ -140,17 +139,13 @@ def _cell(settings: Iterable[tuple[Any, Any]]) -> Config:
             # A preset's name may have been given in short: make room for keys below it.
             OmegaConf.update(content, _full_key(str(key), value), value, force_add=True)
         except Exception as error:  # keys and values that OmegaConf has no place for: many types
-            raise UsageError(f"{key!r} cannot be set: {_first_line(error)}") from error
+            raise UsageError(f"{key!r} cannot be set: {first_line(error)}") from error
     config = load(OmegaConf.to_container(content))  # type: ignore[arg-type]
     if config.out is not None:
         raise UsageError(f"out={config.out} has no meaning in a sweep; name the folder with --out")
     if config.train.checkpoint_every is not None:
         raise UsageError("train.checkpoint_every has no meaning in a sweep, whose cells are timed in turns")
     return config
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _impl_keys(impl: Any) -> dict[str, Any]:
@@ -176,14 +171,13 @@ def run_sweep(
     """Runs what `out/records.jsonl` does not hold yet and adds it there, cohort by cohort.
 
     `project` answers the cells of kind `project`: the model is another room of the house.
-    A cell that fails is reported in the outcome and tried again by the next call; the rest goes on.
-    Raises UsageError, before anything runs, for options that an implementation does not have and packages
-    that are missing.
+    A cell that fails or is not ok is reported in the outcome and tried again by the next call; the rest
+    goes on. Raises UsageError, before anything runs, for options that an implementation does not have,
+    packages that are missing and a testbed that is not there.
     """
     file = out / RECORDS
-    finished = {identity(record) for record in read(file)}
-    todo = unfinished(cohorts, finished)
-    require_all(todo)
+    todo = unfinished(cohorts, finished_in(file))
+    require_all(todo, place)
     outcome = Outcome(skipped=cells(cohorts) - cells(todo))
     clock = Clock(cells(todo), observe)
     for cohort in todo:
@@ -213,12 +207,20 @@ def unfinished(cohorts: Iterable[Cohort], finished: Collection[Identity]) -> lis
     return todo
 
 
-def require_all(cohorts: Iterable[Cohort]) -> None:
-    """Raises UsageError for what would be refused in the middle of the sweep."""
+def finished_in(file: Path) -> set[Identity]:
+    """What need not run again. A check that was not ok does, until it is."""
+    return {identity(item) for item in read(file) if not (isinstance(item, CheckRecord) and not item.ok)}
+
+
+def require_all(cohorts: Iterable[Cohort], place: Place | None = None) -> None:
+    """Raises UsageError for what would be refused in the middle of the sweep; where the cells run at that
+    `place`, also for a testbed that is not there."""
     for cohort in cohorts:
         for cell in cohort.cells if cohort.kind != "project" else ():
             try:
                 require(cell)
+                if place is not None:
+                    place(cell)
             except UsageError as error:
                 raise UsageError(f"stage {cohort.stage!r}: {error}") from error
 

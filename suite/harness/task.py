@@ -19,8 +19,8 @@ from suite.errors import RankError, UsageError
 from suite.harness.doctor import Finding
 from suite.harness.launch import Place
 from suite.harness.measure import Failure
-from suite.harness.sweep import RECORDS, Cohort, Progress, run_sweep
-from suite.records import AnyRecord, from_json, read, to_json
+from suite.harness.sweep import Cohort, Progress, run_sweep
+from suite.records import RECORDS, AnyRecord, from_json, read, to_json
 from suite.secrets import mask
 
 
@@ -35,7 +35,7 @@ class Result:
 
 def write_task(path: Path, cohort: Cohort) -> None:
     """Configurations are written whole, so that presets may change while the job waits."""
-    _write(
+    write_whole(
         path, {"stage": cohort.stage, "kind": cohort.kind, "cells": [asdict(cell) for cell in cohort.cells]}
     )
 
@@ -45,8 +45,11 @@ def read_task(path: Path) -> Cohort:
     try:
         content = json.loads(path.read_text())
         return Cohort(content["stage"], content["kind"], [load(cell) for cell in content["cells"]])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is not a task of `suite sweep`: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
+        raise UsageError(
+            f"{path} is not a task of this version's `suite sweep` ({error}); remove its folder to go on "
+            "without it"
+        ) from error
 
 
 def result_file(task: Path) -> Path:
@@ -67,13 +70,13 @@ def run_task(task: Path, place: Place, observe: Callable[[Progress], None]) -> R
         }
         for failure in result.failures
     ]
-    _write(result_file(task), {"records": [*map(to_json, result.records)], "failures": failures})
+    write_whole(result_file(task), {"records": [*map(to_json, result.records)], "failures": failures})
     return result
 
 
 def examine_task(task: Path, findings: list[Finding]) -> Result:
     """Leaves what `suite doctor --cluster` has found as the task's result."""
-    _write(result_file(task), {"findings": [asdict(finding) for finding in findings]})
+    write_whole(result_file(task), {"findings": [asdict(finding) for finding in findings]})
     return Result(findings=findings)
 
 
@@ -92,7 +95,8 @@ def read_result(task: Path) -> Result | None:
     return Result(records, failures, [Finding(**item) for item in content.get("findings", [])])
 
 
-def _write(path: Path, content: Any) -> None:
+def write_whole(path: Path, content: Any) -> None:
+    """As JSON: whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
     with unfinished.open("w") as file:

@@ -74,7 +74,7 @@ def timeline_of(config: Config, logged: Sequence[Log]) -> Timeline:
     )
 
 
-def write_timeline(path: Path, timeline: Timeline, about: dict[str, Any]) -> None:
+def write_timeline(path: Path, timeline: Timeline, about: dict[str, Any] | None = None) -> None:
     """As one file that is complete or not there; `about` says which run it belongs to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(".part")

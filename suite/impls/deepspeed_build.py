@@ -7,20 +7,19 @@ in the first process that needs it. `python -m suite.impls.deepspeed_build` does
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib
 import importlib.metadata
 import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from suite.errors import UsageError
+from suite.cache import cache_folder, making
+from suite.errors import UsageError, first_line
 
 HELPER = "deepspeed_shm_comm"
 
@@ -61,7 +60,7 @@ def extensions_folder() -> Path:
     a changed build looks at the sources alone."""
     versions = [f"{name}-{importlib.metadata.version(name)}" for name in ("deepspeed", "torch")]
     python = f"python-{sys.version_info.major}.{sys.version_info.minor}"
-    return _cache_folder() / "torch_extensions" / "-".join([*versions, python])
+    return cache_folder("torch_extensions") / "-".join([*versions, python])
 
 
 def is_built() -> bool:
@@ -70,7 +69,7 @@ def is_built() -> bool:
 
 
 def main() -> int:
-    """Compiles the helper unless it is there; a missing compiler only costs the DeepSpeed rows."""
+    """Compiles the helper unless it is there; that it cannot be compiled only costs the DeepSpeed rows."""
     try:
         if importlib.util.find_spec("deepspeed") is None:
             print("deepspeed is not installed; nothing to compile")
@@ -79,23 +78,16 @@ def main() -> int:
         else:
             import_deepspeed("cpu")
             print(f"DeepSpeed's {HELPER} is compiled")
-    except UsageError as error:
-        print(f"{error}; without it the DeepSpeed implementations cannot run on the CPU")
+    except Exception as error:  # compilers and imports raise what they like
+        print(f"{first_line(error)}; without it the DeepSpeed implementations cannot run on the CPU")
     return 0
-
-
-def _cache_folder() -> Path:
-    chosen = os.environ.get("SUITE_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sharded-suite"
 
 
 def _load_helper() -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_folder())
     _add_tools_to_path()
     folder = extensions_folder() / HELPER
-    with _locked(folder.parent):
+    with making(folder.parent / "suite.lock"):
         # torch locks its build with a file that outlives a killed build, and waits for it for ever.
         # Whoever holds our lock, which the system frees, knows that nobody is building.
         (folder / "lock").unlink(missing_ok=True)
@@ -122,22 +114,6 @@ def _add_tools_to_path() -> None:
     folder = os.path.dirname(sys.executable)
     if folder not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), folder])
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """The right to build in `folder`; the system gives it back when its holder dies."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "suite.lock").open("w")
-    except OSError as error:
-        raise UsageError(
-            f"cannot write to the cache folder {folder} ({error.strerror}); "
-            "set SUITE_CACHE to a folder that can be written"
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 if __name__ == "__main__":

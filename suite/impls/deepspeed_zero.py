@@ -13,7 +13,10 @@ from suite.impls.deepspeed_build import import_deepspeed
 from suite.impls.options import Options
 from suite.impls.trainer import BuildModel, MicroBatch, Recipe, Topology, Trainer
 
-STAGE3_SIZES = "stage-3 sizes scaled to the model: with the defaults a small one is never sharded"
+LARGE = 1_000_000_000
+"""DeepSpeed's `stage3_max_reuse_distance` and `stage3_max_live_parameters`, unless it is told otherwise:
+elements, beyond which its defaults release parameters."""
+STAGE3_SIZES = "stage-3 sizes scaled to models below 1e9 parameters: the defaults hardly release any"
 
 
 class DeepSpeedZero(Trainer):
@@ -50,8 +53,19 @@ class DeepSpeedZero(Trainer):
             self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
     def _shard(self, model: nn.Module, config: dict[str, Any]) -> nn.Module:
-        """What is done to the model before the optimizer is made; `deepspeed.initialize` does the
-        rest for the ZeRO stages."""
+        """What is done to the model before the optimizer is made; `deepspeed.initialize` does the rest.
+
+        Stage 3 shards parameter by parameter here, as DeepSpeed advises for large models: `initialize` would
+        move the whole model to the device first.
+        """
+        if config["zero_optimization"]["stage"] == 3:
+            import deepspeed
+
+            for parameter in model.parameters():
+                parameter.data = parameter.to(self.recipe.dtype)
+            for buffer in model.buffers():
+                buffer.data = buffer.to(self.topology.device)
+            deepspeed.zero.Init(module=model, config_dict_or_path=config)
         return model
 
     def full_parameters(self) -> dict[str, Tensor]:
@@ -104,14 +118,16 @@ def engine_config(recipe: Recipe, zero: dict[str, Any]) -> dict[str, Any]:
 
 
 def stage3_sizes(model: nn.Module) -> dict[str, int]:
-    """Stage 3's thresholds, scaled to the model so that it is really sharded.
+    """Stage 3's thresholds: none for a model that the defaults shard, otherwise scaled to the model.
 
     The defaults are for models of billions of parameters; one of a few million would be gathered
-    once and then stay resident. Nothing is kept resident or for reuse. What bounds the prefetch is
+    once and then stay resident. Here nothing is kept resident or for reuse. What bounds the prefetch is
     the limit on live parameters: each submodule prefetches another bucket, and a parameter that the
     prefetch has passed by is not released. These two sizes were the fastest of those tried that
     gather (nearly) everything twice per micro-step (see docs/findings.md).
     """
+    if sum(parameter.numel() for parameter in model.parameters()) > LARGE:
+        return {}
     block = largest_block_numel(model)
     return {
         "stage3_param_persistence_threshold": 0,

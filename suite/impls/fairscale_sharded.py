@@ -104,14 +104,15 @@ class FairScaleFSDP(Trainer):
         self.partition_size = topology.world_size
         if topology.device.type == "cpu":
             run_fsdp_on_cpu()
-        model = build_model().to(topology.device)
+        model = build_model()
         settings: dict[str, Any] = {"compute_device": topology.device}
         if recipe.precision == "bf16":
             settings |= {"mixed_precision": True, "compute_dtype": recipe.dtype}
         blocks = block_stack(model)
         for index, block in enumerate(blocks):
-            blocks[index] = FullyShardedDataParallel(block, **settings)
-        self._model = FullyShardedDataParallel(model, **settings)
+            # Sharded before the next one comes: the device never holds the whole model.
+            blocks[index] = FullyShardedDataParallel(block.to(topology.device), **settings)
+        self._model = FullyShardedDataParallel(model.to(topology.device), **settings)
         self._optimizer = recipe.adamw(self._model.parameters())
 
     def full_parameters(self) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from suite.errors import UsageError, unknown
+from suite.errors import UsageError, first_line, unknown
 from suite.impls import deepspeed_build
 from suite.impls.ddp import DDP
 from suite.impls.deepspeed_mics import DeepSpeedMiCS, MiCSOptions, require_mics
@@ -231,16 +231,21 @@ def preload(name: str, device_type: str | None = None) -> None:
 
     `device_type` is that of the ranks; None means an accelerator where there is one, else the CPU. For
     an accelerator nothing is imported: a package that looks at the device then would keep the forked
-    ranks from using it.
+    ranks from using it. Raises UsageError when a package cannot be imported or a helper not compiled.
     """
     item = find(name)
     require(name)
-    if item.prepare is not None:
-        item.prepare(device_type)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if device_type == "cpu" or (device_type is None and accelerator is None):
-        for package in item.requires:
+    on_cpu = device_type == "cpu" or (device_type is None and accelerator is None)
+    try:
+        if item.prepare is not None:
+            item.prepare(device_type)
+        for package in item.requires if on_cpu else ():
             importlib.import_module(package)
+    except UsageError:
+        raise
+    except Exception as error:  # whatever an import or a compiler may raise: it costs this one, not the sweep
+        raise UsageError(f"impl={name} cannot be prepared: {first_line(error)}") from error
 
 
 def build(

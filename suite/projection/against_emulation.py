@@ -7,13 +7,14 @@ network model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from suite.config_load import load
 from suite.errors import UsageError
+from suite.impls.sharded.options import EngineOptions
 from suite.projection.compute import Costs, Pass
 from suite.projection.emulated import EmulatedCluster, project_emulated
-from suite.projection.methods import Options
+from suite.projection.methods import options_of
 from suite.projection.simulate import Machine
 from suite.records import AnyRecord, Record
 
@@ -68,17 +69,22 @@ def compare(records: Sequence[AnyRecord]) -> list[Comparison]:
 
 
 def _is_modelled(record: Record) -> bool:
-    """Whether its method, and each of its switches, has a model."""
-    known = {item.name for item in fields(Options)}
-    return record.impl in COMPARED and set(record.config["impl"]["options"]) <= known
+    """Whether its method, each of its switches, and groups of that size have a model."""
+    if record.impl not in COMPARED or not set(record.config["impl"]["options"]) <= {*options_of(record.impl)}:
+        return False
+    size, per_node = record.partition_size or record.world_size, record.ranks_per_node
+    return size % per_node == 0 or per_node % size == 0
 
 
 def _compared(record: Record) -> Comparison:
     config = load(record.config)
+    config.impl.options.pop("partition_size", None)
     if record.impl != "zero3":  # what was left to the implementation was decided when it ran
         config.impl.options["partition_size"] = record.partition_size
+    options = dict(config.impl.options)
+    # Blocks are small there: the engine fetches several ahead.
+    config.impl.options.setdefault("prefetch_mb", EngineOptions().prefetch_mb)
     machine = project_emulated(config, emulated_cluster(record))
-    options = config.impl.options
     return Comparison(
         record=record,
         machine=machine,

@@ -53,6 +53,8 @@ def answer(
     """Raises UsageError for what cannot be projected, and for a timeline of more than one step."""
     if (timeline or trace is not None) and question is not Question.STEP:
         raise UsageError("a timeline is of one step; leave --trace, --timeline and --picture out")
+    if words and question not in (Question.STEP, Question.SCALING):
+        raise UsageError(f"--{question.value} has a set of runs of its own; leave {words[0]!r} out")
     if question is Question.SCALING:
         curve = weak_scaling(projected_config(words))
         return scaling_records(curve), tables.scaling_table(curve)

@@ -156,6 +156,15 @@ def partition_sizes(hardware: Hardware) -> list[int]:
     return inside + across
 
 
+def takes_partition(config: Config) -> bool:
+    """Whether the partition size that is asked for, if one is, fits the cluster's nodes."""
+    case = case_of(config)
+    asked = case.options.partition_size
+    if not case.method.groups or asked in (None, AUTO):
+        return True
+    return asked in map(str, partition_sizes(case.hardware))
+
+
 def _checked_partition(text: str, hardware: Hardware) -> int:
     sizes = partition_sizes(hardware)
     if not text.isdigit() or int(text) not in sizes:
@@ -167,13 +176,9 @@ def _checked_partition(text: str, hardware: Hardware) -> int:
 
 
 def _hierarchical(case: Case, partition: int) -> bool:
-    asked, has = case.options.hierarchical, case.method.hierarchical
-    spans_nodes = partition > case.hardware.ranks_per_node
-    if asked and not (has and spans_nodes):
-        raise UsageError(
-            "impl.options.hierarchical=true needs a method that has it and a partition group of several nodes"
-        )
-    return spans_nodes and (has if asked is None else asked)
+    asked = case.options.hierarchical
+    wanted = case.method.hierarchical if asked is None else asked
+    return wanted and partition > case.hardware.ranks_per_node > 1
 
 
 def _optimizer_ranks(case: Case, partition: int) -> int:
@@ -193,7 +198,7 @@ def _memory(case: Case, partition: int) -> Memory:
         optimizer=_optimizer_ranks(case, partition),
         gradient_bytes=max(method.gradient_bytes, size),
         buffers=size * (whole + method.set_aside * bucket / DEEPSPEED_BUCKET),
-        half=size == HALF,
+        half=size == HALF and method.keeps_half,
     )
     return memory_of(
         model,
@@ -216,7 +221,7 @@ def _result(case: Case, partition: int, hierarchical: bool, machine: Machine) ->
     return Projection(
         config=config,
         world_size=hardware.world_size,
-        partition_size=partition if isinstance(case.method.schedule, Sharded) else None,
+        partition_size=partition if case.method.shards_optimizer else None,
         hierarchical=hierarchical,
         n_params=layout_of(model).total,
         step_s=step,

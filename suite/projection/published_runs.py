@@ -105,9 +105,9 @@ def _bert_p3dn(impl: str, *words: str) -> Run:
 
 
 MICS_175B = Run(
-    "175B deepspeed-mics p4de 16",
+    "175B mics-s2 p4de 16",
     (
-        "impl=deepspeed-mics",
+        "impl=mics-s2",
         "workload=bert-175b",
         "cluster=p4de",
         "cluster.nodes=16",
@@ -125,10 +125,10 @@ RUNS: dict[str, Run] = {
         *(_p4d(impl, size, 8) for size in (10, 50) for impl in (OLD_ZERO3, "deepspeed-zero3")),
         _p4d(OLD_ZERO2, 10, 8),
         _p4d("deepspeed-zero3", 50, 32),
-        *(_100b("deepspeed-mics", nodes, *MICS, PARTITION_128) for nodes in (16, 64)),
+        *(_100b("mics-s2", nodes, *MICS, PARTITION_128) for nodes in (16, 64)),
         *(_100b(OLD_ZERO3, nodes, SMALL_BUCKETS) for nodes in (16, 64)),
         MICS_175B,
-        _bert_p3dn("deepspeed-mics", "impl.options.partition_size=8", *MICS),
+        _bert_p3dn("mics-s2", "impl.options.partition_size=8", *MICS),
         _bert_p3dn(OLD_ZERO3),
     )
 }
@@ -190,7 +190,7 @@ NUMBERS = (
         unit="×",
     ),
     _number("MiCS 175 B, 16 p4de", 169, "S2", PREDICTED, MICS_175B.key, quantity="hardware"),
-    _number("MiCS 100 B, 64 p4d", 170, "S2", FITTED, "100B deepspeed-mics p4d 64", quantity="hardware"),
+    _number("MiCS 100 B, 64 p4d", 170, "S2", FITTED, "100B mics-s2 p4d 64", quantity="hardware"),
     _number("ZeRO-3 100 B, 64 p4d", 62, "S2", FITTED, f"100B {OLD_ZERO3} p4d 64", quantity="hardware"),
     *(
         _number(
@@ -203,14 +203,14 @@ NUMBERS = (
             quantity="efficiency",
             unit="%",
         )
-        for method, impl, published in (("MiCS", "deepspeed-mics", 99.4), ("ZeRO-3", OLD_ZERO3, 72))
+        for method, impl, published in (("MiCS", "mics-s2", 99.4), ("ZeRO-3", OLD_ZERO3, 72))
     ),
     _number(
         "MiCS against ZeRO-3, BERT-10B on p3dn (up to)",
         2.82,
         "S2",
         PREDICTED,
-        "BERT-10B deepspeed-mics p3dn 16",
+        "BERT-10B mics-s2 p3dn 16",
         f"BERT-10B {OLD_ZERO3} p3dn 16",
         quantity="ratio",
         unit="×",

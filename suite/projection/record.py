@@ -82,6 +82,7 @@ def emulated_records(rows: Sequence[Emulated]) -> list[ProjectionRecord]:
 def _stand_in(row: Emulated) -> ProjectionRecord:
     run, machine = row.record, row.machine
     cluster, options = run.config["cluster"], run.config["impl"]["options"]
+    wants = options.get("hierarchical", find_method(run.impl).hierarchical)
     faster = run.step_time_s.median / row.projected_s
     hardware = run.hardware_tflops_per_gpu * faster
     return ProjectionRecord(
@@ -92,7 +93,7 @@ def _stand_in(row: Emulated) -> ProjectionRecord:
         nodes=run.nodes,
         ranks_per_node=run.ranks_per_node,
         partition_size=run.partition_size,
-        hierarchical=options.get("hierarchical", find_method(run.impl).hierarchical),
+        hierarchical=wants and (run.partition_size or run.world_size) > run.ranks_per_node > 1,
         micro_batch=run.micro_batch,
         micro_steps=run.micro_steps,
         seq_len=run.seq_len,

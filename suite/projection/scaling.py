@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 from suite.config import Config
 from suite.projection.assumptions import Assumptions
-from suite.projection.project import Projection, project, with_nodes
+from suite.projection.methods import find_method
+from suite.projection.project import Projection, project, takes_partition, with_nodes
 
-NODES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 12500)
-"""With 8 GPUs each: 8 to 100,000."""
+NODES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 12544)
+"""With 8 GPUs each: 8 to 100,352; the last holds partition groups of up to 256 nodes."""
 STOPS_BELOW = 0.8
 """A method has stopped scaling when its efficiency is below this share."""
 
@@ -40,13 +41,18 @@ class Curve:
 def weak_scaling(
     config: Config, nodes: Sequence[int] = NODES, assumptions: Assumptions | None = None
 ) -> Curve:
-    """The configuration on each of these clusters. Raises UsageError for what cannot be.
+    """The configuration on each of these clusters, but for those whose nodes its partition groups do not
+    fill. Raises UsageError for what cannot be on any.
 
     A partition size that is left open is chosen on the smallest cluster that holds the model, and kept.
     """
     points: list[Point] = []
     base: Projection | None = None
+    if not any(takes_partition(with_nodes(config, count)) for count in nodes):
+        project(with_nodes(config, nodes[-1]), assumptions)  # says which sizes there are
     for count in nodes:
+        if not takes_partition(with_nodes(config, count)):
+            continue
         projection = project(with_nodes(config, count), assumptions)
         if base is None and projection.memory.fits:
             base = projection
@@ -60,7 +66,7 @@ def weak_scaling(
 
 
 def _keeping_partition(config: Config, chosen: Projection) -> Config:
-    if chosen.partition_size is None or config.impl.name not in ("mics", "deepspeed-mics", "hsdp"):
+    if not find_method(config.impl.name).groups:
         return config
     options = {**config.impl.options, "partition_size": chosen.partition_size}
     return replace(config, impl=replace(config.impl, options=options))

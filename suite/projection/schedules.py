@@ -34,7 +34,8 @@ class Sharded:
     block above it are sent. `coalesced`: a unit in one call, otherwise one per parameter. `blocking`:
     every collective is waited for by the host where it is issued. Parameters below `persistent_below`
     elements are never gathered. `reduce_bucket` (elements) collects gradients of several units; 0 sends
-    each unit's alone. `in_flight` reductions may be on their way. `chained`: hop 2 follows hop 1 by
+    each unit's alone. `in_flight` reductions may be on their way. `hierarchical_reduce`: where gathers are
+    hierarchical, reductions are. `chained`: hop 2 follows hop 1 by
     itself, not when the compute comes to settle it. `align`: shards are multiples of so many elements.
     `decides` and `stalls`: pays the assumed host time per fetched unit, and the assumed allocator
     stalls. `flattens`: collectives work on lists, with copies before or after.
@@ -51,6 +52,7 @@ class Sharded:
     persistent_below: int = 0
     reduce_bucket: int = 0
     in_flight: int = 2
+    hierarchical_reduce: bool = True
     chained: bool = False
     align: int = 1
     decides: bool = False
@@ -62,13 +64,15 @@ class Sharded:
 class Replicated:
     """How a method with whole weights synchronises: gradients in buckets of `bucket` elements, by
     `reduce`, during the backward of every micro-step or of the last; then `spread` brings the
-    updated weights to everybody (None: all ranks have updated all of them)."""
+    updated weights to everybody, `spread_bucket` elements at a time (None: all ranks have updated all of
+    them)."""
 
     reduce: Kind
     spread: Kind | None
     gradient_bytes: int = 2
     weight_bytes: int = 2
     bucket: int = 500_000_000
+    spread_bucket: int = 500_000_000
     every_micro_step: bool = False
     overlaps: bool = True
 
@@ -98,10 +102,12 @@ def build_programs(method: Sharded | Replicated, job: Job) -> Programs:
     if isinstance(method, Replicated):
         early = tuple(_replicated(method, job, last=False))
         return Programs(early, (*_replicated(method, job, last=True), *_spread(method, job)))
-    last = tuple(_ShardedMicroStep(method, job, synchronizes=True).program())
-    saves_hop2 = job.two_hop and job.groups.replication.size > 1
-    early = tuple(_ShardedMicroStep(method, job, False).program()) if saves_hop2 else last
-    return Programs(early, (*last, *_sharded_update(job)))
+    last = early = tuple(_ShardedMicroStep(method, job, synchronizes=True).program())
+    replicated = job.groups.replication.size > 1
+    carries_over = replicated and not job.two_hop and method.chained
+    if replicated and (job.two_hop or carries_over):
+        early = tuple(_ShardedMicroStep(method, job, not job.two_hop, settles=False).program())
+    return Programs(early, (*last, *_sharded_update(job)), carries_over)
 
 
 # --- methods with sharded weights
@@ -125,6 +131,8 @@ class _ShardedMicroStep:
     job: Job
     synchronizes: bool
     """Whether the replicas' gradients are added up (hop 2)."""
+    settles: bool = True
+    """Whether it waits for that: the sums are wanted by the optimizer."""
     pending: list[int] = field(default_factory=list)
     """Elements of gradients in the bucket that is not full yet."""
     flying: deque[tuple[Key, float]] = field(default_factory=deque)
@@ -150,7 +158,7 @@ class _ShardedMicroStep:
             yield from self._after(event, uses)
         yield from self._reduce_pending()
         yield from self._settle(0)
-        yield from (Wait(key) for key in self.second)
+        yield from (Wait(key) for key in self.second if self.settles)
 
     def _events(self) -> tuple[list[Use], list[Event]]:
         """The order in which a stack of blocks runs, as the hooks of the method report it."""
@@ -280,7 +288,8 @@ class _ShardedMicroStep:
             self.reductions += 1
             key: Key = ("gradients", self.reductions)
             group = self.job.groups.partition
-            yield Start(key, Collective(Kind.REDUCE_SCATTER, nbytes, group, self.job.hierarchical))
+            hierarchical = self.job.hierarchical and self.method.hierarchical_reduce
+            yield Start(key, Collective(Kind.REDUCE_SCATTER, nbytes, group, hierarchical))
             yield from self._block(key)
             self.flying.append((key, nbytes))
             if self.method.chained:
@@ -383,7 +392,7 @@ def _spread(method: Replicated, job: Job) -> Iterator[Instruction]:
     yield Compute("optimizer", job.optimizer_s)
     left, number = job.layout.total, 0
     while method.spread is not None and left:
-        sent = min(left, method.bucket)
+        sent = min(left, method.spread_bucket)
         left -= sent
         number += 1
         nbytes = max(method.weight_bytes, job.element_bytes) * sent

@@ -58,6 +58,8 @@ class Programs:
 
     early: tuple[Instruction, ...]
     last: tuple[Instruction, ...]
+    carries_over: bool = False
+    """Whether an early micro-step leaves collectives on their way into the next one."""
 
 
 @dataclass(frozen=True)
@@ -178,12 +180,12 @@ def run_step(
 ) -> Machine:
     """A step of `micro_steps`.
 
-    Early micro-steps wait for what they have started and so take equally long: one of them is
-    executed and stands for all, unless the timeline is wanted.
+    Early micro-steps that wait for what they have started take equally long: one of them is executed and
+    stands for all, unless the timeline is wanted.
     """
     machine = Machine(cost, slowdown, spans=[] if timeline else None)
     start = machine.copy()
-    executed = micro_steps - 1 if timeline else min(1, micro_steps - 1)
+    executed = micro_steps - 1 if timeline or programs.carries_over else min(1, micro_steps - 1)
     for _ in range(executed):
         machine.run(programs.early)
     machine.repeat(start, micro_steps - 1 - executed)

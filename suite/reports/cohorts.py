@@ -125,8 +125,18 @@ def stand_ins_of(records: Iterable[AnyRecord]) -> list[ProjectionRecord]:
     return [item for item in records if isinstance(item, ProjectionRecord) and item.stands_for is not None]
 
 
-def checks_of(records: Iterable[AnyRecord]) -> list[CheckRecord]:
+def all_checks(records: Iterable[AnyRecord]) -> list[CheckRecord]:
     return [record for record in records if isinstance(record, CheckRecord)]
+
+
+def checks_of(records: Iterable[AnyRecord]) -> list[CheckRecord]:
+    """Each as it came out last: one that was not ok is made again."""
+    checks = sorted(all_checks(records), key=lambda check: check.started_at)
+    return [*{(check.stage, check.config_hash, _device(check)): check for check in checks}.values()]
+
+
+def _device(check: CheckRecord) -> str:
+    return str([check.env.get(key) for key in ("cpu", "accelerators")])
 
 
 def group_cohorts(records: Iterable[AnyRecord]) -> list[Cohort]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from suite.records import AnyRecord
-from suite.reports.cohorts import checks_of, flat, projections_of, runs_of, stand_ins_of
+from suite.reports.cohorts import all_checks, flat, projections_of, runs_of, stand_ins_of
 from suite.reports.tables import Table
 
 _ESCAPED = {
@@ -40,7 +40,7 @@ def export_records(records: Iterable[AnyRecord], folder: Path) -> tuple[list[Pat
     records = list(records)
     kinds: dict[str, Sequence[AnyRecord]] = {
         "runs": runs_of(records),
-        "checks": checks_of(records),
+        "checks": all_checks(records),
         "projections": [*projections_of(records), *stand_ins_of(records)],
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,9 +11,9 @@ import importlib.util
 from pathlib import Path
 
 from suite.config import WandbConfig
+from suite.records import RECORDS
 from suite.reports.apart import run_apart
 
-RECORDS = "records.jsonl"
 TIMEOUT_S, TIMEOUT_PER_RECORD_S = 120.0, 4.0
 """How long writing may take; on a slow host a record takes about a second, and its share of the figures."""
 SYNC_TIMEOUT_S = 60.0

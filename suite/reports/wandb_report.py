@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from suite.errors import UsageError
-from suite.records import AnyRecord, Record, read
+from suite.records import RECORDS, AnyRecord, Record, read
 from suite.reports.apart import run_apart
 from suite.reports.claims import Verdict, judge
 from suite.reports.cohorts import group_cohorts, runs_of
 from suite.reports.metrics import GRAD_NORM, LOSS, STEP
 from suite.reports.scaling import families
-from suite.reports.wandb_log import RECORDS, sync_command
+from suite.reports.wandb_log import sync_command
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2 import PanelGrid, Report, Runset

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from suite.records import AnyRecord, Record, read
+from suite.records import RECORDS, AnyRecord, Record, read
 from suite.reports.cohorts import runs_of
 from suite.reports.metrics import STEP, per_step, summary
 from suite.reports.sections.runs import evidence_of
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--compare", action="store_true")
     given = parser.parse_args()
     marker = given.directory / MARKER
-    records, logged = read(given.directory / "records.jsonl"), _logged(marker)
+    records, logged = read(given.directory / RECORDS), _logged(marker)
     for record in runs_of(records):
         if _identity(record) not in logged:
             _log_run(record, given)

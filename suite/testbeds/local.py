@@ -55,4 +55,9 @@ class LocalTestbed(Testbed):
 
 def threads_per_rank(ranks: int) -> int:
     """An equal share of the cores, at least one."""
-    return max(1, (os.cpu_count() or 1) // ranks)
+    return max(1, cores() // ranks)
+
+
+def cores() -> int:
+    """That this process may use: a job on a shared node has a part of them."""
+    return len(os.sched_getaffinity(0))

@@ -10,13 +10,16 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 from suite.errors import UsageError
+from suite.testbeds.signals import uninterrupted
 
 INTERFACE = "eth0"
 MTU = 9000
@@ -92,13 +95,19 @@ def build_network(nodes: int, bits_per_s: float) -> Network:
             raise UsageError(f"testbed=emulated needs the command {tool!r}; install iproute2")
     ours, theirs = socket.socketpair()
     with ours:
-        builder = os.fork()
-        if builder == 0:
-            ours.close()
-            _builder(nodes, bits_per_s, theirs)
+        with uninterrupted():
+            builder = os.fork()
+            if builder == 0:
+                ours.close()
+                _builder(nodes, bits_per_s, theirs)
         theirs.close()
-        message, descriptors, _, _ = socket.recv_fds(ours, 4096, MAX_NODES + 2)
-        os.waitpid(builder, 0)
+        try:
+            message, descriptors, _, _ = socket.recv_fds(ours, 4096, MAX_NODES + 2)
+        except BaseException:
+            os.kill(builder, signal.SIGKILL)
+            raise
+        finally:
+            os.waitpid(builder, 0)
     if not descriptors:
         reason = message.decode(errors="replace") or "the process that builds it died"
         raise UsageError(f"testbed=emulated cannot build its network here: {reason}")
@@ -130,9 +139,10 @@ def _builder(nodes: int, bits_per_s: float, channel: socket.socket) -> NoReturn:
         socket.send_fds(channel, [b"root" if user is None else b"user"], descriptors)
     except BaseException as error:
         reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-        channel.send(" ".join(str(reason).split()).encode()[:4096])
-        os._exit(1)
-    os._exit(0)
+        with suppress(OSError):
+            channel.send(" ".join(str(reason).split()).encode()[:4096])
+    finally:
+        os._exit(0)  # whatever happens: this is a copy of somebody else's process
 
 
 def _new_namespaces() -> int | None:

@@ -21,6 +21,7 @@ import torch
 from suite.testbeds.devices import claim_device
 from suite.testbeds.door import Address, knock
 from suite.testbeds.forked import Site, fork_rank, raised
+from suite.testbeds.local import threads_per_rank
 from suite.testbeds.process import KILL_GRACE_S, ChildProcess
 from suite.testbeds.testbed import Program
 
@@ -99,7 +100,7 @@ class Seat:
         site = Site(
             self._world,
             self._ranks_per_node,
-            threads=max(1, len(os.sched_getaffinity(0)) // self._ranks_per_node),
+            threads=threads_per_rank(self._ranks_per_node),
             address=self._door.host,
             port=port,
             interface=interface,

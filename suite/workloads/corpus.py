@@ -7,7 +7,6 @@ array that every rank maps into memory.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib
 import json
@@ -22,6 +21,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from suite.cache import cache_folder, making
 from suite.errors import UsageError
 from suite.workloads.models import PAD_TOKEN_ID
 
@@ -70,25 +70,16 @@ def token_ids(text: Text, vocab: int) -> NDArray[np.int32]:
             f"workload.model.vocab={vocab} is too small to tokenise {text.name}; it must be at least "
             f"{SMALLEST_VOCAB} ({len(SPECIAL_TOKENS)} special tokens and 256 bytes), or use data=synthetic"
         )
-    path = cache_folder() / f"{_cache_key(text, vocab)}.npy"
+    path = cache_folder("tokenizers") / f"{_cache_key(text, vocab)}.npy"
     cached = _read(path, vocab)
     if cached is None:
-        with _building(path):
+        with making(path.with_suffix(".lock")):
             cached = _read(path, vocab)  # another process may have built it meanwhile
             if cached is None:
                 _build(text, vocab, path)
                 cached = _read(path, vocab)
     assert cached is not None
     return cached
-
-
-def cache_folder() -> Path:
-    """`$SUITE_CACHE/tokenizers`, by default below the user's XDG cache folder."""
-    chosen = os.environ.get("SUITE_CACHE")
-    if chosen:
-        return Path(chosen).expanduser() / "tokenizers"
-    xdg = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(xdg).expanduser() / "sharded-suite" / "tokenizers"
 
 
 def _cache_key(text: Text, vocab: int) -> str:
@@ -157,22 +148,6 @@ def _single_threaded() -> Iterator[None]:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = before
-
-
-@contextmanager
-def _building(path: Path) -> Iterator[None]:
-    """Holds the right to build `path`; the system gives it back when its holder dies."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_suffix(".lock").open("w")
-    except OSError as error:
-        raise UsageError(
-            f"cannot write to the cache folder {path.parent} ({error.strerror}); "
-            "set SUITE_CACHE to a folder that can be written"
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _write(path: Path, save: Callable[[Path], None]) -> None:
@@ -261,5 +236,7 @@ def _hugging_face(data: str) -> Text:
         columns = ", ".join(dataset.column_names)
         raise UsageError(f"workload.data={data} has no column 'text' (it has {columns})")
     return Text(
-        data, str(dataset._fingerprint), lambda: ([row["text"]] for row in dataset if row["text"].strip())
+        data,
+        str(dataset._fingerprint),
+        lambda: ([row["text"]] for row in dataset if (row["text"] or "").strip()),
     )

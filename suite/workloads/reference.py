@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +56,7 @@ class ReferenceRun:
 def run_reference(
     build_model: BuildModel,
     recipe: Recipe,
-    global_batches: Sequence[MicroBatch],
+    global_batches: Iterable[MicroBatch],
     device: torch.device = CPU,
 ) -> ReferenceRun:
     """One optimizer step per global batch (on `device` already), in this process.
@@ -66,8 +66,6 @@ def run_reference(
     gradients are widened again for an fp32 AdamW: held against the fp32 run, it shows that dtype's
     own error. fp16 lifts gradients above its smallest numbers by a fixed factor.
     """
-    if not global_batches:
-        raise ValueError("a reference run needs at least one global batch")
     master = build_model().to(device)
     compute = master if recipe.dtype == torch.float32 else copy.deepcopy(master).to(recipe.dtype)
     # Not the fused kernel that the implementations get: the truth should not share its mistakes.
@@ -80,6 +78,8 @@ def run_reference(
         run.losses.append(loss)
         run.grad_norms.append(_clip(master, recipe.clip))
         optimizer.step()
+    if not run.losses:
+        raise ValueError("a reference run needs at least one global batch")
     run.parameters = {name: p.detach().cpu().clone() for name, p in master.named_parameters()}
     return run
 

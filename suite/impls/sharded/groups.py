@@ -19,7 +19,7 @@ from suite.impls.sharded.native import (
     NativeHierarchicalCollectives,
 )
 from suite.impls.sharded.options import EngineOptions
-from suite.impls.sharded.ring import RingCollectives
+from suite.impls.sharded.ring import AcrossNodesCollectives, RingCollectives
 from suite.impls.sharded.topology import PartitionTopology
 
 
@@ -60,9 +60,10 @@ def make_groups(topology: PartitionTopology, options: EngineOptions, device: tor
     partition = make_partition(topology, options, device)
     # Where a node holds several replicas of a shard, a ring keeps them from all crossing to all.
     ring = topology.partition_size < topology.ranks_per_node < topology.world_size
-    replication = _flat(
-        topology.replication_groups(), topology.ranks_per_node, _flat_kind(options, device, ring)
-    )
+    kind = _flat_kind(options, device, ring)
+    if kind in (CrossMemoryCollectives, DirectCollectives) and topology.ranks_per_node < topology.world_size:
+        kind = AcrossNodesCollectives
+    replication = _flat(topology.replication_groups(), topology.ranks_per_node, kind)
     return Groups(topology, partition, replication)
 
 

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from suite.errors import UsageError
-from suite.impls.sharded.manifest import TRAINING, read_whole
+from suite.impls.sharded.manifest import TRAINING, Damaged, read_training, reason, verify
 
 PARTIAL = ".partial"
 """Ends the name of a checkpoint that is still being written."""
@@ -22,15 +22,18 @@ def latest(root: Path) -> Path | None:
 
 def discard_damaged(root: Path) -> list[Path]:
     """Removes the complete checkpoints after the last one whose files are as they were written, and returns
-    their folders. For one process: it reads them all through."""
+    their folders. For one process: it reads them all through. Raises UsageError
+    for one that cannot be read or is of another version: that is no damage, and it stays."""
     damaged = []
     for folder in sorted(_complete(root), reverse=True):
         try:
-            read_whole(folder, None)
+            verify(folder, read_training(folder).files)
             break
-        except UsageError:
+        except Damaged:
             damaged.append(folder)
             shutil.rmtree(folder)
+        except (OSError, UsageError) as error:
+            raise UsageError(f"checkpoint {folder} cannot be read: {reason(error)}") from error
     return damaged
 
 

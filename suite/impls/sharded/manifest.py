@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from suite import typed
-from suite.errors import UsageError
+from suite.errors import UsageError, first_line
 
 FORMAT = 2
 TRAINING = "training.json"
@@ -28,6 +28,10 @@ KERNEL_CHOICES = ("fused", "foreach", "capturable", "differentiable")
 _CHUNK = 1 << 22
 
 T = TypeVar("T")
+
+
+class Damaged(UsageError):
+    """A checkpoint that is not as it was written."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ def write_training(folder: Path, training: Training) -> None:
 
 
 def read_training(folder: Path) -> Training:
-    """Raises UsageError, without the folder's name, when there is none, or not one of this format."""
+    """Raises UsageError, without the folder's name, when there is none, or not one of this format; Damaged
+    when it is not as it was written, OSError when it cannot be read."""
     try:
         content = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
         if isinstance(content, dict) and content.get("format") != FORMAT:
@@ -84,8 +89,8 @@ def read_training(folder: Path) -> Training:
         return typed.build(Training, content)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError("it is not there, or not complete") from error
-    except (OSError, ValueError, KeyError, RecursionError) as error:
-        raise UsageError(f"{TRAINING} is damaged ({error})") from error
+    except (ValueError, KeyError, RecursionError) as error:
+        raise Damaged(f"{TRAINING} is damaged ({error})") from error
 
 
 PAIRS = "(key, value) pairs"
@@ -123,17 +128,19 @@ def fingerprints(files: Iterable[Path]) -> dict[str, list[int]]:
 
 
 def verify(folder: Path, files: Mapping[str, list[int]]) -> None:
-    """Raises ValueError for the first file that is missing or not what was written."""
+    """Raises Damaged for the first file that is missing or not what was written."""
     for name, expected in files.items():
         if Path(name).name != name:
-            raise ValueError(f"{TRAINING} names a file elsewhere ({name!r})")
+            raise Damaged(f"{TRAINING} names a file elsewhere ({name!r})")
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"{name} is missing")
+            raise Damaged(f"{name} is missing")
+        if len(expected) != 2:
+            raise Damaged(f"{TRAINING} has no size and checksum of {name}")
         if path.stat().st_size != expected[0]:
-            raise ValueError(f"{name} has {path.stat().st_size} bytes, not {expected[0]}")
+            raise Damaged(f"{name} has {path.stat().st_size} bytes, not {expected[0]}")
         if _fingerprint(path) != expected:
-            raise ValueError(f"{name} is not what was written (its checksum differs)")
+            raise Damaged(f"{name} is not what was written (its checksum differs)")
 
 
 def _fingerprint(path: Path) -> list[int]:
@@ -219,4 +226,4 @@ def reason(error: BaseException) -> str:
         error = next(iter(failures.values()))[0]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return (str(error).strip().splitlines() or [repr(error)])[0]
+    return first_line(error)

@@ -1,4 +1,4 @@
-"""Flat collectives of a group that spans several nodes: a ring, so that each link is crossed once.
+"""Flat collectives of a group that spans several nodes: rings, so that each link is crossed once.
 
 Messages between every pair would cross from a node of k ranks k (p - k) times per shard's worth of
 buffer; in a ring ordered by node one rank of each node sends the (p - 1) shards that go round.
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from suite.impls.sharded.collectives import Handle, Reduction, Transfer, overlap
-from suite.impls.sharded.direct import wire_dtype
+from suite.impls.sharded.direct import DirectCollectives, wire_dtype
 from suite.impls.sharded.hierarchical import DirectHierarchicalCollectives, Place
 from suite.impls.sharded.native import NativeCollectives
 
@@ -40,8 +40,24 @@ class RingCollectives(DirectHierarchicalCollectives):
         return Handle([errand], finish, keep=reductions)
 
     def all_reduce(self, tensors: Sequence[Tensor], wire: torch.dtype) -> Handle:
-        """The backend's own is a ring already."""
+        """The backend's own is a ring already. It adds in the dtype that travels."""
         return self._native.all_reduce(tensors, wire)
+
+
+class AcrossNodesCollectives(DirectCollectives):
+    """Of a group with one rank on each node, where messages between all pairs cross a link no more often than
+    a ring's do."""
+
+    def __init__(self, group: dist.ProcessGroup | None, index: int, size: int) -> None:
+        super().__init__(group, index, size)
+        self._native = NativeCollectives(group, index, size)
+
+    def all_reduce(self, tensors: Sequence[Tensor], wire: torch.dtype) -> Handle:
+        """The backend's own is a ring, whose messages go to a neighbour alone, and the faster one over many
+        nodes; but it adds in the dtype that travels, which must be the tensors' own."""
+        if all(tensor.dtype == wire for tensor in tensors):
+            return self._native.all_reduce(tensors, wire)
+        return super().all_reduce(tensors, wire)
 
 
 class _RingReduction:

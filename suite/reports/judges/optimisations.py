@@ -67,13 +67,18 @@ def _deciding(runs: Sequence[Record]) -> Finding | None:
     ]
     if not found:
         return None
-    shares = [pair.on.details["deciding_s"] / pair.on.step_time_s.median for pair in found]
+    shares = [_deciding_share(pair.on) for pair in found]
     ours = "; ".join(
-        f"deciding takes {share:.3%} of a step cached, "
-        f"{pair.off.details['deciding_s'] / pair.off.step_time_s.median:.3%} not cached ({where(pair.on)})"
+        f"deciding takes {share:.3%} of a step cached, {_deciding_share(pair.off):.3%} not cached "
+        f"({where(pair.on)})"
         for pair, share in zip(found, shares, strict=True)
     )
     return _finding(found, shared(sum(share < DECIDING_LIMIT for share in shares), len(found)), ours)
+
+
+def _deciding_share(run: Record) -> float:
+    """Of a step as this host lived it: an emulated one lasted longer here by its dilation."""
+    return run.details["deciding_s"] / (run.step_time_s.median * run.details.get("dilation", 1.0))
 
 
 def _arenas(runs: Sequence[Record]) -> Finding | None:
