@@ -112,9 +112,12 @@ class Plot:
 
 
 def styles_for(impls: Sequence[str]) -> dict[str, Style]:
-    """A look of its own for every implementation of a report."""
+    """A look of its own for every implementation of a report: where there are more than colours, those that
+    share one have different lines."""
     return {
-        impl: Style(PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)], LINES[i % len(LINES)])
+        impl: Style(
+            PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)], LINES[(i + i // len(PALETTE)) % len(LINES)]
+        )
         for i, impl in enumerate(sorted(set(impls)))
     }
 
