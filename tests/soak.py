@@ -22,11 +22,12 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 
 from faults import Place, becomes_true, descendants, place, processes_with
 
-from suite.records import read
+from suite.records import RECORDS, read
 
 CELLS = 4
 RANKS = 2
@@ -53,14 +54,18 @@ RESUMED = 12
 
 
 def sweeper(folder: Path) -> None:
-    """Sweep after sweep in this process, until it is told to end; a line of JSON on stdout after each."""
+    """Sweep after sweep in this process, from the first unfinished one, until it is told to end; a line of
+    JSON on stdout after each."""
     from suite.errors import SuiteError
     from suite.harness.sweep import read_sweep, run_sweep
     from suite.testbeds.forked import stay_forkable
 
     stay_forkable()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    for number in range(1_000_000):
+    recorded = Counter(record.stage for record in read(folder / RECORDS))
+    for number in count():
+        if recorded[stage_name(number)] == CELLS:
+            continue
         file = sweep_file(folder, number)
         if not file.exists():
             file.write_text(sweep_text(number))
@@ -81,9 +86,13 @@ def sweep_file(folder: Path, number: int) -> Path:
     return folder / f"sweep-{number}.yaml"
 
 
+def stage_name(number: int) -> str:
+    return f"soak {number}"
+
+
 def sweep_text(number: int) -> str:
     seeds = ", ".join(str(CELLS // 2 * number + index) for index in range(CELLS // 2))
-    return STAGE.format(name=f"soak {number}", seeds=seeds, ranks=RANKS, hang_s=HANG_S, start_s=START_S)
+    return STAGE.format(name=stage_name(number), seeds=seeds, ranks=RANKS, hang_s=HANG_S, start_s=START_S)
 
 
 def resident_bytes() -> int:
@@ -114,14 +123,13 @@ class Saboteur:
         self.found = Finding()
         self.results = here.folder / "results"
         self.results.mkdir()
-        self.said: list[dict] = []
-        """By the present sweeper; it starts anew with every one."""
-        self.all_said: list[dict] = []
+        self.lives: list[list[dict]] = []
+        """What each sweeper said, the present one last."""
         self.process = self.start()
 
     def start(self) -> subprocess.Popen[str]:
         self.found.starts += 1
-        self.said = []
+        self.lives.append([])
         self.output = (self.here.folder / f"sweeper-{self.found.starts}.out").open("w+")
         return subprocess.Popen(
             [sys.executable, __file__, "--sweeper", str(self.results)],
@@ -134,9 +142,8 @@ class Saboteur:
 
     def listen(self) -> None:
         lines = Path(self.output.name).read_text().splitlines()
-        new = [json.loads(line) for line in lines[len(self.said) :] if line.endswith("}")]
-        self.said += new
-        self.all_said += new
+        said = self.lives[-1]
+        said += [json.loads(line) for line in lines[len(said) :] if line.endswith("}")]
 
     def ranks(self) -> list[int]:
         return descendants(self.process.pid)
@@ -188,7 +195,7 @@ class Saboteur:
 
     def restart_around(self, change: Callable[[Path], object]) -> None:
         self.end_sweeper(signal.SIGKILL)
-        file = self.results / "records.jsonl"
+        file = self.results / RECORDS
         if file.exists():
             change(file)
         self.listen()
@@ -196,7 +203,7 @@ class Saboteur:
 
     def fill_the_disk(self) -> None:
         """No file of the sweeper's may grow beyond what the records have now, for a while."""
-        file = self.results / "records.jsonl"
+        file = self.results / RECORDS
         if not file.exists():
             return
         _, hard = resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE)
@@ -243,14 +250,15 @@ class Saboteur:
     def account(self) -> None:
         """Every cell of every sweep that was begun: recorded once, or once when an undisturbed call has run
         it. What was called finished must have been in the file before that call."""
-        file = self.results / "records.jsonl"
+        file = self.results / RECORDS
         before = read(file)
-        told = sum(said.get("finished", 0) for said in self.all_said)
+        all_said = [said for life in self.lives for said in life]
+        told = sum(said.get("finished", 0) for said in all_said)
         if told > len(before):
             self.found.problems.append(f"{told} results were called finished, {len(before)} are in the file")
         recorded = Counter(record.stage for record in before)
         numbers = sorted(int(path.stem.partition("-")[2]) for path in self.results.glob("sweep-*.yaml"))
-        unfinished = [number for number in numbers if recorded[f"soak {number}"] < CELLS]
+        unfinished = [number for number in numbers if recorded[stage_name(number)] < CELLS]
         resumed = unfinished[-RESUMED:]  # all of them might take as long as the soak
         for number in resumed:
             words = ["sweep", str(sweep_file(self.results, number)), "--out", str(self.results)]
@@ -267,14 +275,14 @@ class Saboteur:
                 self.found.problems.append(f"an undisturbed sweep failed: {done.stderr.strip()[-300:]}")
         after = read(file)
         cells = Counter((record.stage, record.config_hash) for record in after)
-        twice = [stage for (stage, _), count in cells.items() if count > 1]
+        twice = [stage for (stage, _), times in cells.items() if times > 1]
         self.found.problems += [f"recorded more than once: {stage}" for stage in twice]
         for number in [number for number in numbers if number not in unfinished[:-RESUMED]]:
-            count = sum(stage == f"soak {number}" for stage, _ in cells)
-            if count != CELLS:
-                self.found.problems.append(f"sweep {number} has {count} of its {CELLS} records")
+            there = sum(stage == stage_name(number) for stage, _ in cells)
+            if there != CELLS:
+                self.found.problems.append(f"sweep {number} has {there} of its {CELLS} records")
         self.found.sweeps, self.found.resumed = len(numbers), len(resumed)
-        failed = [text for said in self.all_said for text in said.get("failed", ())]
+        failed = [text for said in all_said for text in said.get("failed", ())]
         self.found.failures_reported = len(failed)
         self.found.problems += [f"names no rank: {text}" for text in failed if "rank " not in text]
         self.found.records = len(after)
@@ -283,12 +291,7 @@ class Saboteur:
 
     def leaks(self) -> None:
         """Of the sweeper that lived longest: its memory and descriptors over its sweeps."""
-        lives: list[list[dict]] = [[]]
-        for said in self.all_said:
-            if lives[-1] and said["sweep"] <= lives[-1][-1]["sweep"]:
-                lives.append([])
-            lives[-1].append(said)
-        longest = max(lives, key=len)
+        longest = max(self.lives, key=len)
         if len(longest) < 4:
             return
         later = longest[1:]  # the first sweep imports

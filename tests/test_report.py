@@ -243,6 +243,7 @@ def test_a_noisy_run_is_marked_where_its_number_is_shown():
 def test_every_implementation_looks_different_in_a_figure():
     styles = styles_for(list(factory.IMPLS))
     assert len({(style.colour, style.marker) for style in styles.values()}) == len(factory.IMPLS)
+    assert len({(style.colour, style.line) for style in styles.values()}) == len(factory.IMPLS)
 
 
 def test_a_figure_without_a_floor_or_a_reference_is_still_drawn():
