@@ -70,7 +70,9 @@ def compare(records: Sequence[AnyRecord]) -> list[Comparison]:
 
 def _is_modelled(record: Record) -> bool:
     """Whether its method, each of its switches, and groups of that size have a model."""
-    if record.impl not in COMPARED or not set(record.config["impl"]["options"]) <= {*options_of(record.impl)}:
+    if record.impl not in COMPARED:
+        return False
+    if not {*record.config["impl"]["options"]} <= {"partition_size", *options_of(record.impl)}:
         return False
     size, per_node = record.partition_size or record.world_size, record.ranks_per_node
     return size % per_node == 0 or per_node % size == 0

@@ -188,7 +188,8 @@ def find_method(name: str) -> Method:
 
 def options_of(name: str) -> tuple[str, ...]:
     """What can be said of that method."""
-    return ("partition_size", "fused_attention", *find_method(name).options)
+    method = find_method(name)
+    return (*(("partition_size",) if method.groups else ()), "fused_attention", *method.options)
 
 
 def parse_options(config: Config) -> Options:
