@@ -277,10 +277,32 @@ def test_a_job_that_ends_without_a_result_is_reported_with_its_last_words(
 ) -> None:
     monkeypatch.setattr(slurm_sweep, "GRACE_S", 1.0)
     monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
+    script = JobArray.script
+
+    def broken(self: JobArray) -> str:
+        lines = script(self).splitlines()
+        first = next(number for number, line in enumerate(lines) if not line.startswith("#"))
+        lines[first:first] = ["echo 'suite: the scratch disk is gone'", "exit 7"]
+        return "\n".join(lines) + "\n"
+
+    monkeypatch.setattr(JobArray, "script", broken)
+    assert main(["run", *ON_SLURM, f"out={tmp_path}"]) == 3
+    printed = capsys.readouterr().err
+    assert "ended without a result (FAILED): the scratch disk is gone" in " ".join(printed.split())
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_what_only_the_job_can_find_wrong_is_reported_from_it(
+    cluster: slurm_cluster.Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
     words = [word for word in ON_SLURM if not word.startswith("workload.data")]
     assert main(["run", *words, "workload.data=no/such/text", f"out={tmp_path}"]) == 3
-    printed = capsys.readouterr().err
-    assert "ended without a result (FAILED)" in printed and "no/such/text" in printed
+    assert "workload.data=no/such/text does not exist" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "records.jsonl").exists()
 
 
